@@ -1,0 +1,212 @@
+//! What the calling thread is in the middle of.
+//!
+//! A wait can only be refused as a wait for oneself, and a re-entry only be named, if the thread
+//! knows what it holds. That is one small thread-local record: the thread's number, how many of our
+//! callbacks it is inside of, and the unrecorded announcements it has under way. It allocates
+//! nothing, so it may be read anywhere.
+
+use std::cell::{Cell, RefCell};
+use std::fmt;
+use std::sync::atomic::{AtomicU64 as StdAtomicU64, Ordering as StdOrdering};
+
+use crate::primitive::{SHARDS, thread_local};
+
+/// How many unrecorded announcements one thread is remembered by, for self-wait detection. A thread
+/// that nests more of them than this is not detected beyond it.
+const REMEMBERED: usize = 4;
+
+struct Context {
+    number: Cell<u64>,
+    callbacks: Cell<u32>,
+    kind: Cell<CallbackKind>,
+    registry_locks: Cell<u32>,
+    unrecorded: Cell<[usize; REMEMBERED]>,
+    deferred: Cell<u32>,
+}
+
+thread_local! {
+    static CONTEXT: Context = const {
+        Context {
+            number: Cell::new(0),
+            callbacks: Cell::new(0),
+            kind: Cell::new(CallbackKind::Invalidate),
+            registry_locks: Cell::new(0),
+            unrecorded: Cell::new([0; REMEMBERED]),
+            deferred: Cell::new(0),
+        }
+    };
+}
+
+thread_local! {
+    static DEFERRED: RefCell<Vec<Box<dyn Deferred>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Something dropped inside a callback, whose end waits until the thread has left its callbacks.
+pub(crate) trait Deferred {}
+impl<T> Deferred for T {}
+
+/// Which callback a thread is in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CallbackKind {
+    /// `invalidate`, `try_invalidate`, `invalidate_range_end` or `Fence::wait`.
+    Invalidate,
+    /// `release`.
+    Release,
+}
+
+/// Returns the number by which diagnostics of this crate call the calling thread.
+///
+/// Numbers count up from 1 in the order in which threads first use the crate; none is used twice in
+/// a process. Log it beside a thread's name to read a dump of
+/// [`Subscriptions`](crate::Subscriptions).
+pub fn thread_number() -> u64 {
+    static NEXT: StdAtomicU64 = StdAtomicU64::new(1);
+    CONTEXT.with(|context| {
+        let number = context.number.get();
+        if number != 0 {
+            return number;
+        }
+        // Relaxed: the counter guards nothing, each thread just takes a different number.
+        let number = NEXT.fetch_add(1, StdOrdering::Relaxed);
+        context.number.set(number);
+        number
+    })
+}
+
+/// Returns the shard that the calling thread announces through.
+pub(crate) fn shard() -> usize {
+    thread_number() as usize % SHARDS
+}
+
+/// Tells whether the calling thread is inside a callback, where nothing may wait.
+pub(crate) fn in_callback() -> bool {
+    CONTEXT.with(|context| context.callbacks.get() > 0)
+}
+
+/// Checks rules D06 and D07 in debug builds: `what` may not be called from inside an invalidation.
+#[track_caller]
+pub(crate) fn forbid_in_invalidate(what: &str) {
+    if cfg!(debug_assertions) {
+        let inside = CONTEXT.with(|context| {
+            context.callbacks.get() > 0 && context.kind.get() == CallbackKind::Invalidate
+        });
+        assert!(
+            !inside,
+            "mmu-notifier: {what} called from inside an invalidation: an invalidation only updates \
+             its own device's tables (rule D07)"
+        );
+    }
+}
+
+/// Checks rule D06 in debug builds: no callback may announce a change.
+#[track_caller]
+pub(crate) fn forbid_announcement() {
+    forbid_in_invalidate("invalidate_range_start");
+    if cfg!(debug_assertions) {
+        assert!(
+            !in_callback(),
+            "mmu-notifier: invalidate_range_start called from inside a release: release ends a \
+             mirror, it starts no invalidation (rule D06)"
+        );
+    }
+}
+
+/// Runs a callback of the subscriber called `name`, and aborts the process if it panics: a device
+/// that was not stopped would run on in memory that is going away.
+pub(crate) fn callback<R>(kind: CallbackKind, name: &str, f: impl FnOnce() -> R) -> R {
+    struct Inside<'a> {
+        outer: CallbackKind,
+        name: &'a str,
+        returned: bool,
+    }
+    impl Drop for Inside<'_> {
+        fn drop(&mut self) {
+            if !self.returned {
+                die(format_args!(
+                    "a callback of subscriber `{}` panicked: its device may still be running on \
+                     memory that is about to go away",
+                    self.name
+                ));
+            }
+            CONTEXT.with(|context| {
+                context.callbacks.set(context.callbacks.get() - 1);
+                context.kind.set(self.outer);
+            });
+        }
+    }
+    let outer = CONTEXT.with(|context| {
+        context.callbacks.set(context.callbacks.get() + 1);
+        context.kind.replace(kind)
+    });
+    let mut inside = Inside { outer, name, returned: false };
+    let result = f();
+    inside.returned = true;
+    result
+}
+
+/// Notes that the calling thread took (`+1`) or dropped (`-1`) a registry lock.
+///
+/// Debug builds only; see [`holds_registry_lock`].
+pub(crate) fn count_registry_lock(change: i32) {
+    if cfg!(debug_assertions) {
+        CONTEXT.with(|context| {
+            context.registry_locks.set(context.registry_locks.get().wrapping_add_signed(change));
+        });
+    }
+}
+
+/// Tells whether the calling thread holds a registry lock right now. For tests: an allocator can
+/// ask it, to see that none is ever called there. Always `false` without debug assertions.
+#[doc(hidden)]
+pub fn holds_registry_lock() -> bool {
+    CONTEXT.with(|context| context.registry_locks.get() > 0)
+}
+
+/// Remembers that the calling thread has an unrecorded announcement under way in `space`.
+pub(crate) fn remember_unrecorded(space: usize) {
+    CONTEXT.with(|context| {
+        let mut spaces = context.unrecorded.get();
+        if let Some(free) = spaces.iter_mut().find(|entry| **entry == 0) {
+            *free = space;
+            context.unrecorded.set(spaces);
+        }
+    });
+}
+
+/// Undoes one [`remember_unrecorded`].
+pub(crate) fn forget_unrecorded(space: usize) {
+    CONTEXT.with(|context| {
+        let mut spaces = context.unrecorded.get();
+        if let Some(entry) = spaces.iter_mut().rev().find(|entry| **entry == space) {
+            *entry = 0;
+            context.unrecorded.set(spaces);
+        }
+    });
+}
+
+/// Tells whether the calling thread has an unrecorded announcement under way in `space`.
+pub(crate) fn holds_unrecorded(space: usize) -> bool {
+    CONTEXT.with(|context| context.unrecorded.get().contains(&space))
+}
+
+/// Keeps `value` until [`finish_deferred`] drops it.
+pub(crate) fn defer(value: Box<dyn Deferred>) {
+    DEFERRED.with(|deferred| deferred.borrow_mut().push(value));
+    CONTEXT.with(|context| context.deferred.set(context.deferred.get() + 1));
+}
+
+/// Drops what the calling thread dropped inside callbacks, now that it has left them.
+pub(crate) fn finish_deferred() {
+    if CONTEXT.with(|context| context.deferred.get() == 0) || in_callback() {
+        return;
+    }
+    CONTEXT.with(|context| context.deferred.set(0));
+    let values = DEFERRED.with(|deferred| std::mem::take(&mut *deferred.borrow_mut()));
+    drop(values);
+}
+
+/// Ends the process: going on would break an invariant that memory safety of a device rests on.
+pub(crate) fn die(why: fmt::Arguments<'_>) -> ! {
+    eprintln!("mmu-notifier: thread {}: {why}; aborting", thread_number());
+    std::process::abort()
+}

@@ -1,0 +1,171 @@
+//! Counted references whose end can be waited for.
+//!
+//! A [`Gate`] counts the calls that are inside something, and lets one wait until none is. It is
+//! the answer to "a lock within a structure cannot be used to control freeing that structure"
+//! (acceptance B09-B12): the gate is an allocation of its own, so whoever leaves it last touches no
+//! memory of the thing that was guarded, and a [`Pin`] gives up the thing *before* it leaves.
+//!
+//! # Protocol
+//!
+//! `state` is the count, and a bit that says somebody waits for zero. The waiter sets the bit and
+//! reads the count in one read-modify-write, holding the queue's lock from there until it sleeps.
+//! The leaver learns of the bit from the very decrement that reaches zero, and only then takes the
+//! queue's lock and wakes. Both act on one word, so one comes first: either the waiter sees zero, or
+//! the leaver sees the bit and finds the waiter asleep. Nobody waiting, no wake-up.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::primitive::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, mutant};
+
+const WAITING: u64 = 1 << 63;
+
+/// A wait that ended because its deadline passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the deadline passed before the wait was over")]
+pub struct TimedOut;
+
+/// Threads that sleep until something is over.
+pub(crate) struct WaitQueue {
+    sleepers: Mutex<u32>,
+    condvar: Condvar,
+}
+
+impl WaitQueue {
+    pub(crate) fn new() -> WaitQueue {
+        WaitQueue { sleepers: Mutex::new(0), condvar: Condvar::new() }
+    }
+
+    /// Sleeps until `over` says so; it is asked under the queue's lock, first at once and then
+    /// after each wake-up. Returns how many others sleep here, with the lock still held, so that a
+    /// "somebody waits" mark can be taken back when nobody does.
+    pub(crate) fn wait_until(
+        &self,
+        deadline: Option<Instant>,
+        mut over: impl FnMut() -> bool,
+    ) -> Result<MutexGuard<'_, u32>, TimedOut> {
+        let mut sleepers = self.sleepers.lock().unwrap_or_else(|poison| poison.into_inner());
+        while !over() {
+            let left = match deadline {
+                None => None,
+                Some(deadline) => match deadline.checked_duration_since(Instant::now()) {
+                    Some(left) if !left.is_zero() => Some(left),
+                    _ => return Err(TimedOut),
+                },
+            };
+            *sleepers += 1;
+            sleepers = match left {
+                None => self.condvar.wait(sleepers).unwrap_or_else(|poison| poison.into_inner()),
+                Some(left) => {
+                    let waited = self.condvar.wait_timeout(sleepers, left);
+                    waited.unwrap_or_else(|poison| poison.into_inner()).0
+                }
+            };
+            *sleepers -= 1;
+        }
+        Ok(sleepers)
+    }
+
+    /// Wakes every sleeper, to ask again whether its wait is over. No system call if none sleeps.
+    pub(crate) fn wake_all(&self) {
+        let sleepers = self.sleepers.lock().unwrap_or_else(|poison| poison.into_inner());
+        if *sleepers > 0 {
+            self.condvar.notify_all();
+        }
+    }
+}
+
+/// A count of those inside, and a way to wait until it is zero.
+pub(crate) struct Gate {
+    state: AtomicU64,
+    pub(crate) queue: WaitQueue,
+}
+
+impl Gate {
+    pub(crate) fn new() -> Gate {
+        Gate { state: AtomicU64::new(0), queue: WaitQueue::new() }
+    }
+
+    /// Enters. The caller must know that the gate is not being drained for good, or that a late
+    /// entrant is of no harm.
+    pub(crate) fn enter(&self) {
+        // Acquire: pairs with the AcqRel read-modify-write of `drain`. Who enters after a drainer
+        // looked also sees what the drainer wrote before it looked (`Subscriptions::populated`).
+        self.state.fetch_add(1, Ordering::Acquire);
+    }
+
+    /// Leaves, and wakes whoever waits for the last one to leave.
+    pub(crate) fn leave(&self) {
+        // Release: pairs with the AcqRel in `drain` and the Acquire in `count`. Whoever sees zero
+        // sees all that was done inside.
+        if self.state.fetch_sub(1, Ordering::Release) == (WAITING | 1) {
+            self.queue.wake_all();
+        }
+    }
+
+    /// Returns how many are inside. Zero is final only if nobody can enter any more.
+    pub(crate) fn count(&self) -> u64 {
+        // Acquire: pairs with the Release in `leave`.
+        self.state.load(Ordering::Acquire) & !WAITING
+    }
+
+    /// Waits until nobody was inside at one instant after the call.
+    pub(crate) fn drain(&self, deadline: Option<Instant>) -> Result<(), TimedOut> {
+        if mutant!("no_drain") {
+            return Ok(());
+        }
+        let sleepers = self.queue.wait_until(deadline, || {
+            // AcqRel: the Acquire pairs with the Release in `leave`, the Release with the Acquire
+            // in `enter`.
+            self.state.fetch_or(WAITING, Ordering::AcqRel) & !WAITING == 0
+        })?;
+        if *sleepers == 0 {
+            // The mark is only ever set under the queue's lock, which we hold: nobody's is lost.
+            // Relaxed: what had to be seen was seen above.
+            self.state.fetch_and(!WAITING, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+/// A counted reference to a `T`. Its drop gives up the `T` first and leaves the gate last, so who
+/// has drained the gate holds the only reference there is.
+pub(crate) struct Pin<T: ?Sized> {
+    value: Option<Arc<T>>,
+    gate: Arc<Gate>,
+}
+
+impl<T: ?Sized> Pin<T> {
+    /// Enters `gate` with a reference to `value`.
+    pub(crate) fn new(value: Arc<T>, gate: Arc<Gate>) -> Pin<T> {
+        gate.enter();
+        Pin { value: Some(value), gate }
+    }
+}
+
+impl<T: ?Sized> Clone for Pin<T> {
+    fn clone(&self) -> Pin<T> {
+        self.gate.enter();
+        Pin { value: self.value.clone(), gate: Arc::clone(&self.gate) }
+    }
+}
+
+impl<T: ?Sized> std::ops::Deref for Pin<T> {
+    type Target = Arc<T>;
+
+    fn deref(&self) -> &Arc<T> {
+        self.value.as_ref().expect("a pin holds its value until it is dropped")
+    }
+}
+
+impl<T: ?Sized> Drop for Pin<T> {
+    fn drop(&mut self) {
+        if mutant!("pin_leaves_first") {
+            self.gate.leave();
+            drop(self.value.take());
+            return;
+        }
+        drop(self.value.take());
+        self.gate.leave();
+    }
+}

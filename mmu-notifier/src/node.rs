@@ -1,0 +1,479 @@
+//! One subscription: the notifier, its lock, and the words that a read section looks at.
+//!
+//! # The words
+//!
+//! `sequence` counts the events that this subscription was told of. It is written under the
+//! notifier's lock only.
+//!
+//! `state` is a count of the announcements under way that concern the subscription, and the marks
+//! below. A read section may begin when it is zero: that is one load.
+//!
+//! # Why a read section is sound
+//!
+//! *Begin* loads `sequence` first and `state` second; *commit* takes the notifier's lock and
+//! compares `sequence`. Take any announcement that concerns the subscription. It raises the count,
+//! then (in its callback, under the notifier's lock) the sequence, and lowers the count when the
+//! change is over.
+//!
+//! * Its callback came before begin's first load: begin then sees the raised count, and waits,
+//!   unless it was lowered again: then the change is over and begin sees all of it.
+//! * Its callback came after that load and before commit: commit sees another sequence and fails.
+//! * Its callback comes after commit: it takes the lock that commit held, finds what was committed,
+//!   and undoes it before the change happens.
+//!
+//! There is no fourth case. Loading `state` first would open one: an announcement that starts
+//! between the two loads (the mutant `state_before_sequence`).
+
+use std::any::{Any, TypeId};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32 as PlainU32, AtomicU64 as PlainU64};
+use std::time::Instant;
+
+use crate::VaRange;
+use crate::context::{self, CallbackKind, callback};
+use crate::diagnostics::Counters;
+use crate::event::{Class, Event, EventKind, Owner};
+use crate::gate::{Gate, TimedOut};
+use crate::index::Key;
+use crate::notifier::{Fence, Notifier, WouldBlock};
+use crate::primitive::{AtomicU64, Mutex, MutexGuard, Ordering, mutant};
+use crate::registry::NoLocks;
+
+/// Readers sleep until the count is zero.
+pub(crate) const WAITERS: u64 = 1 << 63;
+/// No read section begins any more: the subscription ends, or the address space dies.
+pub(crate) const CLOSED: u64 = 1 << 62;
+/// Announcements that began before the first subscription, and were not recorded, may be under way.
+pub(crate) const UNSETTLED: u64 = 1 << 61;
+/// No longer in the index. Set under the registry lock, held for writing.
+pub(crate) const UNLINKED: u64 = 1 << 60;
+/// `Notifier::release` has run and returned.
+pub(crate) const ENDED: u64 = 1 << 59;
+/// The announcements that concern this subscription.
+pub(crate) const COUNT: u64 = ENDED - 1;
+
+/// A subscription whatever its notifier's type.
+pub(crate) trait Node: Send + Sync {
+    fn core(&self) -> &Core;
+
+    /// Delivers a blockable event. The result must be [finished](Node::finish).
+    fn invalidate(&self, _: &NoLocks, event: &Event) -> Pending;
+
+    /// Delivers a non-blockable event, or refuses.
+    fn try_invalidate(&self, _: &NoLocks, event: &Event) -> Result<Pending, WouldBlock>;
+
+    /// Waits for what a delivery left to be waited for.
+    fn finish(&self, _: &NoLocks, pending: Pending);
+
+    /// Tells of the end of a change.
+    fn invalidate_range_end(&self, _: &NoLocks, event: &Event);
+
+    /// Takes the notifier and ends it by `Notifier::release`.
+    fn release(&self, _: &NoLocks);
+
+    fn notifier_type(&self) -> TypeId;
+
+    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
+}
+
+/// What every subscription has.
+pub(crate) struct Core {
+    pub(crate) state: AtomicU64,
+    pub(crate) sequence: AtomicU64,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) owner: Option<Owner>,
+    pub(crate) class: Class,
+    /// Hears of ends too.
+    pub(crate) paired: bool,
+    /// The thread inside the notifier's lock, or zero. Not for a model checker to explore: the only
+    /// value that anything is decided by is the thread's own number.
+    holder: PlainU64,
+    /// Where the index has it. Written under the registry lock, once, and read under it.
+    key: PlainU32,
+    name: Option<Box<str>>,
+    type_name: &'static str,
+    pub(crate) counters: Option<Box<Counters>>,
+    /// Counts the nodes of an address space that exist; see `Subscriptions::live`.
+    _live: Arc<()>,
+}
+
+/// What is fixed when a subscription is made.
+pub(crate) struct Settings {
+    pub(crate) owner: Option<Owner>,
+    pub(crate) class: Class,
+    pub(crate) name: Option<Box<str>>,
+    pub(crate) statistics: bool,
+    pub(crate) live: Arc<()>,
+}
+
+/// A subscription of a notifier of type `N`.
+pub(crate) struct NodeOf<N: Notifier> {
+    core: Core,
+    end: Option<fn(&mut N, &Event)>,
+    slot: Mutex<Slot<N>>,
+    /// Fences that announcers have yet to wait for, so that a fence needs no allocation.
+    fences: Mutex<[Option<N::Fence>; FENCES]>,
+}
+
+/// What the notifier's lock protects.
+pub(crate) struct Slot<N> {
+    /// `None` once handed back or released.
+    pub(crate) notifier: Option<N>,
+    pub(crate) range: VaRange,
+}
+
+/// How many announcements may wait for fences of one subscription at once before a fence is put
+/// into memory of its own.
+const FENCES: usize = 2;
+
+/// A fence that was returned and not yet waited for.
+pub(crate) enum Pending {
+    /// Nothing to wait for.
+    Over,
+    /// The fence lies in this slot of the node.
+    InNode(usize),
+    /// The node had no slot left.
+    Boxed(Box<dyn BoxedFence>),
+}
+
+/// A fence of some type, on its own.
+pub(crate) trait BoxedFence: Send {
+    fn wait(self: Box<Self>);
+}
+
+impl<F: Fence> BoxedFence for F {
+    fn wait(self: Box<Self>) {
+        Fence::wait(*self);
+    }
+}
+
+/// How a read section may begin.
+pub(crate) enum Begin {
+    /// At this sequence.
+    At(u64),
+    /// Not at once.
+    Blocked,
+}
+
+impl Core {
+    /// Returns the name for diagnostics.
+    pub(crate) fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or(self.type_name)
+    }
+
+    pub(crate) fn key(&self) -> Key {
+        // Relaxed: see `key`.
+        Key(self.key.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn set_key(&self, key: Key) {
+        self.key.store(key.0, Ordering::Relaxed);
+    }
+
+    /// Tells whether any of `marks` is set.
+    pub(crate) fn has(&self, marks: u64) -> bool {
+        // Acquire: pairs with the Release in `mark`.
+        self.state.load(Ordering::Acquire) & marks != 0
+    }
+
+    /// Sets `marks`, wakes readers if there are any, and returns the state before.
+    pub(crate) fn mark(&self, marks: u64) -> u64 {
+        // AcqRel: the Release pairs with the Acquire in `has` and `try_begin`; the Acquire lets the
+        // one who finds a mark already set go on from where the one who set it was.
+        let before = self.state.fetch_or(marks, Ordering::AcqRel);
+        if before & WAITERS != 0 {
+            self.gate.queue.wake_all();
+        }
+        before
+    }
+
+    /// Counts an announcement that starts.
+    pub(crate) fn raise(&self, by: u64) {
+        // Relaxed: the registry lock orders this against subscribers and movers, and the
+        // notifier's lock, taken for the callback that follows, publishes it to readers.
+        self.state.fetch_add(by, Ordering::Relaxed);
+    }
+
+    /// Counts an announcement that is over, and wakes readers if it was the last.
+    pub(crate) fn lower(&self, by: u64) {
+        // Release: pairs with the Acquire in `try_begin`. A reader that sees the lowered count sees
+        // the change that was announced.
+        if mutant!("wake_before_lower") {
+            if self.state.load(Ordering::Relaxed) & WAITERS != 0 {
+                self.gate.queue.wake_all();
+            }
+            self.state.fetch_sub(by, Ordering::Release);
+            return;
+        }
+        let before = self.state.fetch_sub(by, Ordering::Release);
+        if before & WAITERS != 0 && before & COUNT == by {
+            self.gate.queue.wake_all();
+        }
+    }
+
+    /// Begins a read section if nothing is under way. See the head of this module.
+    pub(crate) fn try_begin(&self) -> Begin {
+        if mutant!("state_before_sequence") {
+            let state = self.state.load(Ordering::Acquire);
+            let sequence = self.sequence.load(Ordering::Acquire);
+            return if state == 0 { Begin::At(sequence) } else { Begin::Blocked };
+        }
+        // Acquire: pairs with the Release in `Guard::bump`. Who sees an event's sequence sees the
+        // count that was raised before it.
+        let sequence = self.sequence.load(Ordering::Acquire);
+        // Acquire: pairs with the Release in `lower`, and with the Release in `mark`.
+        let state = self.state.load(Ordering::Acquire);
+        if state == 0 { Begin::At(sequence) } else { Begin::Blocked }
+    }
+
+    /// Sleeps until the announcements under way are over, or the subscription is closed; at most
+    /// one sleep, so that new announcements cannot hold a reader for ever (acceptance E10). It may
+    /// come back too early, never too late.
+    pub(crate) fn wait_for_announcements(&self, deadline: Option<Instant>) -> Result<(), TimedOut> {
+        if mutant!("no_wait_in_read_begin") {
+            return Ok(());
+        }
+        let mut slept = false;
+        let sleepers = self.gate.queue.wait_until(deadline, || {
+            // AcqRel: the Acquire as in `try_begin`; the mark itself is seen by `lower`'s
+            // read-modify-write of the same word.
+            let state = self.state.fetch_or(WAITERS, Ordering::AcqRel);
+            state & COUNT == 0 || state & CLOSED != 0 || std::mem::replace(&mut slept, true)
+        })?;
+        if *sleepers == 0 {
+            // The mark is only set under the queue's lock, which we hold: nobody's is lost.
+            // Relaxed: guards nothing.
+            self.state.fetch_and(!WAITERS, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Returns the thread that is inside the notifier's lock, if any.
+    pub(crate) fn holder(&self) -> Option<u64> {
+        // Relaxed: a hint for diagnostics, or the thread's own number, which it wrote itself.
+        match self.holder.load(Ordering::Relaxed) {
+            0 => None,
+            number => Some(number),
+        }
+    }
+}
+
+impl<N: Notifier> NodeOf<N> {
+    pub(crate) fn new(
+        range: VaRange,
+        notifier: N,
+        end: Option<fn(&mut N, &Event)>,
+        settings: Settings,
+    ) -> NodeOf<N> {
+        NodeOf {
+            core: Core {
+                state: AtomicU64::new(0),
+                sequence: AtomicU64::new(0),
+                gate: Arc::new(Gate::new()),
+                owner: settings.owner,
+                class: settings.class,
+                paired: end.is_some(),
+                holder: PlainU64::new(0),
+                key: PlainU32::new(0),
+                name: settings.name,
+                type_name: std::any::type_name::<N>(),
+                counters: settings.statistics.then(Box::default),
+                _live: settings.live,
+            },
+            end,
+            slot: Mutex::new(Slot { notifier: Some(notifier), range }),
+            fences: Mutex::new([const { None }; FENCES]),
+        }
+    }
+
+    pub(crate) fn core(&self) -> &Core {
+        &self.core
+    }
+
+    /// Takes the notifier's lock.
+    ///
+    /// A thread that already holds it (an announcement from under a mirror's lock, by way of the
+    /// allocator for instance) would wait for itself; it is named and the process ends.
+    pub(crate) fn lock(&self, me: u64) -> Guard<'_, N> {
+        match self.try_lock(me) {
+            Some(guard) => guard,
+            None => self.lock_contended(me),
+        }
+    }
+
+    #[cold]
+    fn lock_contended(&self, me: u64) -> Guard<'_, N> {
+        if self.core.holder() == Some(me) {
+            context::die(format_args!(
+                "waits for itself: it holds the lock of subscriber `{}` (an Update, or one of its \
+                 callbacks) and does something that needs it. Code under that lock must not change \
+                 the address space, nor allocate where the allocator does",
+                self.core.name()
+            ));
+        }
+        let slot = self.slot.lock().unwrap_or_else(|poison| poison.into_inner());
+        Guard::new(self, slot, me)
+    }
+
+    fn try_lock(&self, me: u64) -> Option<Guard<'_, N>> {
+        use std::sync::TryLockError;
+        // A panic of the caller under the lock is the caller's; the device must still be told.
+        let slot = match self.slot.try_lock() {
+            Ok(slot) => slot,
+            Err(TryLockError::Poisoned(poison)) => poison.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(Guard::new(self, slot, me))
+    }
+
+    /// Tells the notifier of `event`, under its lock, and keeps the fence.
+    fn deliver(
+        &self,
+        mut guard: Guard<'_, N>,
+        call: impl FnOnce(&mut N) -> Result<N::Fence, WouldBlock>,
+    ) -> Result<Pending, WouldBlock> {
+        let Some(notifier) = &mut guard.slot.notifier else {
+            return Ok(Pending::Over);
+        };
+        let fence = callback(CallbackKind::Invalidate, self.core.name(), || call(notifier))?;
+        if !mutant!("no_bump") {
+            guard.bump();
+        }
+        if let Some(counters) = &self.core.counters {
+            counters.delivered(fence.changed());
+        }
+        if fence.is_over() {
+            return Ok(Pending::Over);
+        }
+        drop(guard);
+        let mut fences = self.fences.lock().unwrap_or_else(|poison| poison.into_inner());
+        if let Some(free) = fences.iter().position(Option::is_none) {
+            fences[free] = Some(fence);
+            return Ok(Pending::InNode(free));
+        }
+        drop(fences);
+        Ok(Pending::Boxed(Box::new(fence)))
+    }
+
+    /// Sends every read section under way to its retry, and makes the device stop using the range of
+    /// the subscription, or what `new` drops of it. Returns the range from before.
+    pub(crate) fn stop(&self, no_locks: &NoLocks, new: Option<VaRange>) -> VaRange {
+        let mut guard = self.lock(context::thread_number());
+        let old = guard.slot.range;
+        guard.slot.range = new.unwrap_or(old);
+        if !mutant!("resize_without_collision") {
+            guard.bump();
+        }
+        drop(guard);
+        let given_up = match new {
+            None => [Some(old), None],
+            Some(_) if mutant!("resize_without_announcement") => [None, None],
+            Some(new) => old.difference(new),
+        };
+        for piece in given_up.into_iter().flatten() {
+            let pending = self.invalidate(no_locks, &Event::new(EventKind::Release, piece));
+            self.finish(no_locks, pending);
+        }
+        old
+    }
+
+    /// Takes the notifier out for good.
+    pub(crate) fn take(&self) -> Option<N> {
+        self.lock(context::thread_number()).slot.notifier.take()
+    }
+}
+
+impl<N: Notifier> Node for NodeOf<N> {
+    fn core(&self) -> &Core {
+        &self.core
+    }
+
+    fn invalidate(&self, _: &NoLocks, event: &Event) -> Pending {
+        let guard = self.lock(context::thread_number());
+        match self.deliver(guard, |notifier| Ok(notifier.invalidate(event))) {
+            Ok(pending) => pending,
+            Err(WouldBlock) => unreachable!("a blockable delivery has no way to refuse"),
+        }
+    }
+
+    fn try_invalidate(&self, _: &NoLocks, event: &Event) -> Result<Pending, WouldBlock> {
+        // Somebody is inside; it may take as long as it likes.
+        let guard = self.try_lock(context::thread_number()).ok_or(WouldBlock)?;
+        self.deliver(guard, |notifier| notifier.try_invalidate(event))
+    }
+
+    fn finish(&self, _: &NoLocks, pending: Pending) {
+        match pending {
+            Pending::Over => {}
+            Pending::InNode(slot) => {
+                let fence = self.fences.lock().unwrap_or_else(|poison| poison.into_inner())[slot]
+                    .take()
+                    .expect("a pending fence is taken once");
+                callback(CallbackKind::Invalidate, self.core.name(), || fence.wait());
+            }
+            Pending::Boxed(fence) => {
+                callback(CallbackKind::Invalidate, self.core.name(), || fence.wait());
+            }
+        }
+    }
+
+    fn invalidate_range_end(&self, _: &NoLocks, event: &Event) {
+        let Some(end) = self.end else { return };
+        let mut guard = self.lock(context::thread_number());
+        if let Some(notifier) = &mut guard.slot.notifier {
+            callback(CallbackKind::Invalidate, self.core.name(), || end(notifier, event));
+        }
+    }
+
+    fn release(&self, _: &NoLocks) {
+        if let Some(notifier) = self.take() {
+            callback(CallbackKind::Release, self.core.name(), || notifier.release());
+        }
+        self.core.mark(ENDED);
+        self.core.gate.queue.wake_all();
+    }
+
+    fn notifier_type(&self) -> TypeId {
+        TypeId::of::<N>()
+    }
+
+    fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
+    }
+}
+
+/// The notifier's lock, held.
+pub(crate) struct Guard<'a, N: Notifier> {
+    node: &'a NodeOf<N>,
+    pub(crate) slot: MutexGuard<'a, Slot<N>>,
+}
+
+impl<'a, N: Notifier> Guard<'a, N> {
+    fn new(node: &'a NodeOf<N>, slot: MutexGuard<'a, Slot<N>>, me: u64) -> Guard<'a, N> {
+        // Relaxed: see `Core::holder`.
+        node.core.holder.store(me, Ordering::Relaxed);
+        Guard { node, slot }
+    }
+
+    /// Sends every read section that has begun to its retry.
+    fn bump(&self) {
+        let sequence = &self.node.core.sequence;
+        // Relaxed: written under the lock we hold. Release: pairs with the Acquire in `try_begin`.
+        // Wrapping is of no account: only equality is ever asked, within one read section (E06).
+        let next = sequence.load(Ordering::Relaxed).wrapping_add(1);
+        sequence.store(next, Ordering::Release);
+    }
+
+    /// Tells whether no event came since a read section began at `sequence`.
+    pub(crate) fn is_current(&self, sequence: u64) -> bool {
+        // Relaxed: written under the lock we hold.
+        self.node.core.sequence.load(Ordering::Relaxed) == sequence
+    }
+}
+
+impl<N: Notifier> Drop for Guard<'_, N> {
+    fn drop(&mut self) {
+        // Relaxed: see `Core::holder`.
+        self.node.core.holder.store(0, Ordering::Relaxed);
+    }
+}
