@@ -40,7 +40,9 @@ fn walk(seed: &mut u64, n: u64) -> u64 {
 
 fn populated(n: u64) -> (Arc<Subscriptions>, Vec<Subscription<Device>>) {
     let space = Subscriptions::new();
-    let subscribe = |i| space.subscribe(page(i), Device(0)).expect("the space lives");
+    // In no order, as programs do: multiplying by an odd number permutes the pages.
+    let place = |i: u64| i.wrapping_mul(0x9e37_79b9_7f4a_7c15 | 1) & (n - 1);
+    let subscribe = |i| space.subscribe(page(place(i)), Device(0)).expect("the space lives");
     let all = (0..n).map(subscribe).collect();
     (space, all)
 }
@@ -94,7 +96,7 @@ fn read(c: &mut Criterion) {
 
 fn subscribe(c: &mut Criterion) {
     let mut group = c.benchmark_group("among 1048576");
-    let (space, _all) = populated(1 << 20);
+    let (space, mut all) = populated(1 << 20);
     let mut seed = 1;
     // Insert and remove are timed apart from each other, over the same random places.
     const BATCH: u64 = 1024;
@@ -122,14 +124,16 @@ fn subscribe(c: &mut Criterion) {
             let mut left = iterations;
             while left > 0 {
                 let batch = left.min(BATCH);
-                let made: Vec<_> = (0..batch)
-                    .map(|_| space.subscribe(page(walk(&mut seed, 1 << 20)), Device(0)).unwrap())
-                    .collect();
+                // Any of the million, not those that were made last.
+                let take = |_| all.swap_remove(walk(&mut seed, 1 << 19) as usize);
+                let victims: Vec<_> = (0..batch).map(take).collect();
+                let ranges: Vec<_> = victims.iter().map(|victim| victim.range()).collect();
                 let start = Instant::now();
-                for one in made {
-                    black_box(one.unsubscribe());
+                for victim in victims {
+                    black_box(victim.unsubscribe());
                 }
                 time += start.elapsed();
+                all.extend(ranges.into_iter().map(|at| space.subscribe(at, Device(0)).unwrap()));
                 left -= batch;
             }
             time

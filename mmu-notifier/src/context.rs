@@ -20,7 +20,7 @@ struct Context {
     callbacks: Cell<u32>,
     kind: Cell<CallbackKind>,
     registry_locks: Cell<u32>,
-    unrecorded: Cell<[usize; REMEMBERED]>,
+    unrecorded: [Cell<usize>; REMEMBERED],
     deferred: Cell<u32>,
 }
 
@@ -31,7 +31,7 @@ thread_local! {
             callbacks: Cell::new(0),
             kind: Cell::new(CallbackKind::Invalidate),
             registry_locks: Cell::new(0),
-            unrecorded: Cell::new([0; REMEMBERED]),
+            unrecorded: [const { Cell::new(0) }; REMEMBERED],
             deferred: Cell::new(0),
         }
     };
@@ -59,26 +59,31 @@ pub(crate) enum CallbackKind {
 /// Numbers count up from 1 in the order in which threads first use the crate; none is used twice in
 /// a process. Log it beside a thread's name to read a dump of
 /// [`Subscriptions`](crate::Subscriptions).
+#[inline]
 pub fn thread_number() -> u64 {
+    match CONTEXT.with(|context| context.number.get()) {
+        0 => number_thread(),
+        number => number,
+    }
+}
+
+#[cold]
+fn number_thread() -> u64 {
     static NEXT: StdAtomicU64 = StdAtomicU64::new(1);
-    CONTEXT.with(|context| {
-        let number = context.number.get();
-        if number != 0 {
-            return number;
-        }
-        // Relaxed: the counter guards nothing, each thread just takes a different number.
-        let number = NEXT.fetch_add(1, StdOrdering::Relaxed);
-        context.number.set(number);
-        number
-    })
+    // Relaxed: the counter guards nothing, each thread just takes a different number.
+    let number = NEXT.fetch_add(1, StdOrdering::Relaxed);
+    CONTEXT.with(|context| context.number.set(number));
+    number
 }
 
 /// Returns the shard that the calling thread announces through.
+#[inline]
 pub(crate) fn shard() -> usize {
     thread_number() as usize % SHARDS
 }
 
 /// Tells whether the calling thread is inside a callback, where nothing may wait.
+#[inline]
 pub(crate) fn in_callback() -> bool {
     CONTEXT.with(|context| context.callbacks.get() > 0)
 }
@@ -163,30 +168,29 @@ pub fn holds_registry_lock() -> bool {
 }
 
 /// Remembers that the calling thread has an unrecorded announcement under way in `space`.
+#[inline]
 pub(crate) fn remember_unrecorded(space: usize) {
-    CONTEXT.with(|context| {
-        let mut spaces = context.unrecorded.get();
-        if let Some(free) = spaces.iter_mut().find(|entry| **entry == 0) {
-            *free = space;
-            context.unrecorded.set(spaces);
-        }
-    });
+    replace_unrecorded(0, space);
 }
 
 /// Undoes one [`remember_unrecorded`].
+#[inline]
 pub(crate) fn forget_unrecorded(space: usize) {
+    replace_unrecorded(space, 0);
+}
+
+#[inline]
+fn replace_unrecorded(old: usize, new: usize) {
     CONTEXT.with(|context| {
-        let mut spaces = context.unrecorded.get();
-        if let Some(entry) = spaces.iter_mut().rev().find(|entry| **entry == space) {
-            *entry = 0;
-            context.unrecorded.set(spaces);
+        if let Some(entry) = context.unrecorded.iter().find(|entry| entry.get() == old) {
+            entry.set(new);
         }
     });
 }
 
 /// Tells whether the calling thread has an unrecorded announcement under way in `space`.
 pub(crate) fn holds_unrecorded(space: usize) -> bool {
-    CONTEXT.with(|context| context.unrecorded.get().contains(&space))
+    CONTEXT.with(|context| context.unrecorded.iter().any(|entry| entry.get() == space))
 }
 
 /// Keeps `value` until [`finish_deferred`] drops it.
@@ -196,10 +200,15 @@ pub(crate) fn defer(value: Box<dyn Deferred>) {
 }
 
 /// Drops what the calling thread dropped inside callbacks, now that it has left them.
+#[inline]
 pub(crate) fn finish_deferred() {
-    if CONTEXT.with(|context| context.deferred.get() == 0) || in_callback() {
-        return;
+    if CONTEXT.with(|context| context.deferred.get() > 0 && context.callbacks.get() == 0) {
+        finish_all_deferred();
     }
+}
+
+#[cold]
+fn finish_all_deferred() {
     CONTEXT.with(|context| context.deferred.set(0));
     let values = DEFERRED.with(|deferred| std::mem::take(&mut *deferred.borrow_mut()));
     drop(values);

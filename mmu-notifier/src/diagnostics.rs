@@ -101,7 +101,7 @@ pub(crate) fn write_node(f: &mut fmt::Formatter<'_>, node: &dyn Node) -> fmt::Re
     ];
     let marks = marks.into_iter().filter(|(mark, _)| state & mark != 0).map(|(_, word)| word);
     let mut out = f.debug_struct("Subscriber");
-    out.field("name", &core.name())
+    out.field("name", &node.name())
         .field("class", &core.class)
         .field("owner", &core.owner)
         .field("changes_under_way", &(state & COUNT))

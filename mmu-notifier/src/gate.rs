@@ -88,6 +88,7 @@ impl Gate {
 
     /// Enters. The caller must know that the gate is not being drained for good, or that a late
     /// entrant is of no harm.
+    #[inline]
     pub(crate) fn enter(&self) {
         // Acquire: pairs with the AcqRel read-modify-write of `drain`. Who enters after a drainer
         // looked also sees what the drainer wrote before it looked (`Subscriptions::populated`).
@@ -95,6 +96,7 @@ impl Gate {
     }
 
     /// Leaves, and wakes whoever waits for the last one to leave.
+    #[inline]
     pub(crate) fn leave(&self) {
         // Release: pairs with the AcqRel in `drain` and the Acquire in `count`. Whoever sees zero
         // sees all that was done inside.

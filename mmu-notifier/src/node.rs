@@ -25,8 +25,8 @@
 //! between the two loads (the mutant `state_before_sequence`).
 
 use std::any::{Any, TypeId};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32 as PlainU32, AtomicU64 as PlainU64};
+use std::sync::{Arc, TryLockError};
 use std::time::Instant;
 
 use crate::VaRange;
@@ -71,30 +71,31 @@ pub(crate) trait Node: Send + Sync {
     /// Takes the notifier and ends it by `Notifier::release`.
     fn release(&self, _: &NoLocks);
 
+    /// Returns the name for diagnostics.
+    fn name(&self) -> &str;
+
     fn notifier_type(&self) -> TypeId;
 
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
 }
 
-/// What every subscription has.
+/// What every subscription has, and every announcement that hits it touches. In this order, it
+/// shares its cache lines with the reference count before it and the notifier's lock behind it.
+#[repr(C)]
 pub(crate) struct Core {
     pub(crate) state: AtomicU64,
     pub(crate) sequence: AtomicU64,
     pub(crate) gate: Arc<Gate>,
+    pub(crate) counters: Option<Box<Counters>>,
     pub(crate) owner: Option<Owner>,
-    pub(crate) class: Class,
-    /// Hears of ends too.
-    pub(crate) paired: bool,
     /// The thread inside the notifier's lock, or zero. Not for a model checker to explore: the only
     /// value that anything is decided by is the thread's own number.
     holder: PlainU64,
     /// Where the index has it. Written under the registry lock, once, and read under it.
     key: PlainU32,
-    name: Option<Box<str>>,
-    type_name: &'static str,
-    pub(crate) counters: Option<Box<Counters>>,
-    /// Counts the nodes of an address space that exist; see `Subscriptions::live`.
-    _live: Arc<()>,
+    pub(crate) class: Class,
+    /// Hears of ends too.
+    pub(crate) paired: bool,
 }
 
 /// What is fixed when a subscription is made.
@@ -107,12 +108,16 @@ pub(crate) struct Settings {
 }
 
 /// A subscription of a notifier of type `N`.
+#[repr(C)]
 pub(crate) struct NodeOf<N: Notifier> {
     core: Core,
-    end: Option<fn(&mut N, &Event)>,
     slot: Mutex<Slot<N>>,
     /// Fences that announcers have yet to wait for, so that a fence needs no allocation.
     fences: Mutex<[Option<N::Fence>; FENCES]>,
+    end: Option<fn(&mut N, &Event)>,
+    name: Option<Box<str>>,
+    /// Counts the nodes of an address space that exist; see `Subscriptions::live`.
+    _live: Arc<()>,
 }
 
 /// What the notifier's lock protects.
@@ -156,11 +161,6 @@ pub(crate) enum Begin {
 }
 
 impl Core {
-    /// Returns the name for diagnostics.
-    pub(crate) fn name(&self) -> &str {
-        self.name.as_deref().unwrap_or(self.type_name)
-    }
-
     pub(crate) fn key(&self) -> Key {
         // Relaxed: see `key`.
         Key(self.key.load(Ordering::Relaxed))
@@ -171,6 +171,7 @@ impl Core {
     }
 
     /// Tells whether any of `marks` is set.
+    #[inline]
     pub(crate) fn has(&self, marks: u64) -> bool {
         // Acquire: pairs with the Release in `mark`.
         self.state.load(Ordering::Acquire) & marks != 0
@@ -188,6 +189,7 @@ impl Core {
     }
 
     /// Counts an announcement that starts.
+    #[inline]
     pub(crate) fn raise(&self, by: u64) {
         // Relaxed: the registry lock orders this against subscribers and movers, and the
         // notifier's lock, taken for the callback that follows, publishes it to readers.
@@ -195,6 +197,7 @@ impl Core {
     }
 
     /// Counts an announcement that is over, and wakes readers if it was the last.
+    #[inline]
     pub(crate) fn lower(&self, by: u64) {
         // Release: pairs with the Acquire in `try_begin`. A reader that sees the lowered count sees
         // the change that was announced.
@@ -212,6 +215,7 @@ impl Core {
     }
 
     /// Begins a read section if nothing is under way. See the head of this module.
+    #[inline]
     pub(crate) fn try_begin(&self) -> Begin {
         if mutant!("state_before_sequence") {
             let state = self.state.load(Ordering::Acquire);
@@ -270,20 +274,24 @@ impl<N: Notifier> NodeOf<N> {
                 state: AtomicU64::new(0),
                 sequence: AtomicU64::new(0),
                 gate: Arc::new(Gate::new()),
+                counters: settings.statistics.then(Box::default),
                 owner: settings.owner,
-                class: settings.class,
-                paired: end.is_some(),
                 holder: PlainU64::new(0),
                 key: PlainU32::new(0),
-                name: settings.name,
-                type_name: std::any::type_name::<N>(),
-                counters: settings.statistics.then(Box::default),
-                _live: settings.live,
+                class: settings.class,
+                paired: end.is_some(),
             },
-            end,
             slot: Mutex::new(Slot { notifier: Some(notifier), range }),
             fences: Mutex::new([const { None }; FENCES]),
+            end,
+            name: settings.name,
+            _live: settings.live,
         }
+    }
+
+    /// Returns the name for diagnostics.
+    pub(crate) fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or(std::any::type_name::<N>())
     }
 
     pub(crate) fn core(&self) -> &Core {
@@ -294,30 +302,38 @@ impl<N: Notifier> NodeOf<N> {
     ///
     /// A thread that already holds it (an announcement from under a mirror's lock, by way of the
     /// allocator for instance) would wait for itself; it is named and the process ends.
+    #[inline]
     pub(crate) fn lock(&self, me: u64) -> Guard<'_, N> {
-        match self.try_lock(me) {
-            Some(guard) => guard,
-            None => self.lock_contended(me),
-        }
+        let slot = match self.slot.try_lock() {
+            Ok(slot) => slot,
+            Err(error) => self.lock_slot(error, me),
+        };
+        Guard::new(self, slot, me)
     }
 
+    // Returns the bare guard, so that the fast path keeps everything in registers.
     #[cold]
-    fn lock_contended(&self, me: u64) -> Guard<'_, N> {
+    fn lock_slot<'a>(
+        &'a self,
+        error: TryLockError<MutexGuard<'a, Slot<N>>>,
+        me: u64,
+    ) -> MutexGuard<'a, Slot<N>> {
+        // A panic of the caller under the lock is the caller's; the device must still be told.
+        if let TryLockError::Poisoned(poison) = error {
+            return poison.into_inner();
+        }
         if self.core.holder() == Some(me) {
             context::die(format_args!(
                 "waits for itself: it holds the lock of subscriber `{}` (an Update, or one of its \
                  callbacks) and does something that needs it. Code under that lock must not change \
                  the address space, nor allocate where the allocator does",
-                self.core.name()
+                self.name()
             ));
         }
-        let slot = self.slot.lock().unwrap_or_else(|poison| poison.into_inner());
-        Guard::new(self, slot, me)
+        self.slot.lock().unwrap_or_else(|poison| poison.into_inner())
     }
 
     fn try_lock(&self, me: u64) -> Option<Guard<'_, N>> {
-        use std::sync::TryLockError;
-        // A panic of the caller under the lock is the caller's; the device must still be told.
         let slot = match self.slot.try_lock() {
             Ok(slot) => slot,
             Err(TryLockError::Poisoned(poison)) => poison.into_inner(),
@@ -335,7 +351,7 @@ impl<N: Notifier> NodeOf<N> {
         let Some(notifier) = &mut guard.slot.notifier else {
             return Ok(Pending::Over);
         };
-        let fence = callback(CallbackKind::Invalidate, self.core.name(), || call(notifier))?;
+        let fence = callback(CallbackKind::Invalidate, self.name(), || call(notifier))?;
         if !mutant!("no_bump") {
             guard.bump();
         }
@@ -409,10 +425,10 @@ impl<N: Notifier> Node for NodeOf<N> {
                 let fence = self.fences.lock().unwrap_or_else(|poison| poison.into_inner())[slot]
                     .take()
                     .expect("a pending fence is taken once");
-                callback(CallbackKind::Invalidate, self.core.name(), || fence.wait());
+                callback(CallbackKind::Invalidate, self.name(), || fence.wait());
             }
             Pending::Boxed(fence) => {
-                callback(CallbackKind::Invalidate, self.core.name(), || fence.wait());
+                callback(CallbackKind::Invalidate, self.name(), || fence.wait());
             }
         }
     }
@@ -421,16 +437,20 @@ impl<N: Notifier> Node for NodeOf<N> {
         let Some(end) = self.end else { return };
         let mut guard = self.lock(context::thread_number());
         if let Some(notifier) = &mut guard.slot.notifier {
-            callback(CallbackKind::Invalidate, self.core.name(), || end(notifier, event));
+            callback(CallbackKind::Invalidate, self.name(), || end(notifier, event));
         }
     }
 
     fn release(&self, _: &NoLocks) {
         if let Some(notifier) = self.take() {
-            callback(CallbackKind::Release, self.core.name(), || notifier.release());
+            callback(CallbackKind::Release, self.name(), || notifier.release());
         }
         self.core.mark(ENDED);
         self.core.gate.queue.wake_all();
+    }
+
+    fn name(&self) -> &str {
+        self.name()
     }
 
     fn notifier_type(&self) -> TypeId {
@@ -456,6 +476,7 @@ impl<'a, N: Notifier> Guard<'a, N> {
     }
 
     /// Sends every read section that has begun to its retry.
+    #[inline]
     fn bump(&self) {
         let sequence = &self.node.core.sequence;
         // Relaxed: written under the lock we hold. Release: pairs with the Acquire in `try_begin`.
@@ -465,6 +486,7 @@ impl<'a, N: Notifier> Guard<'a, N> {
     }
 
     /// Tells whether no event came since a read section began at `sequence`.
+    #[inline]
     pub(crate) fn is_current(&self, sequence: u64) -> bool {
         // Relaxed: written under the lock we hold.
         self.node.core.sequence.load(Ordering::Relaxed) == sequence

@@ -265,12 +265,19 @@ impl<N: Notifier> Handle<N> {
     ///
     /// Where it would wait for the calling thread itself: see [`SelfWait`].
     #[doc(alias = "mmu_interval_read_begin")]
+    #[inline]
     pub fn read_begin(&self) -> Result<ReadSection<'_, N>, Released> {
         match self.begin(None) {
             Ok(section) => Ok(section),
             Err(ReadBeginError::Released(released)) => Err(released),
-            Err(error) => panic!("mmu-notifier: read_begin on `{}`: {error}", self.name()),
+            Err(error) => self.refuse_to_wait(error),
         }
+    }
+
+    #[cold]
+    #[track_caller]
+    fn refuse_to_wait(&self, error: ReadBeginError) -> ! {
+        panic!("mmu-notifier: read_begin on `{}`: {error}", self.name())
     }
 
     /// Does what [`read_begin`](Handle::read_begin) does, until `deadline`.
@@ -290,15 +297,16 @@ impl<N: Notifier> Handle<N> {
         context::forbid_in_invalidate("read_begin");
         match self.node.core().try_begin() {
             Begin::At(sequence) => Ok(ReadSection { handle: self, sequence, collided: false }),
-            Begin::Blocked => self.begin_blocked(deadline),
+            Begin::Blocked => {
+                let (sequence, collided) = self.begin_blocked(deadline)?;
+                Ok(ReadSection { handle: self, sequence, collided })
+            }
         }
     }
 
+    /// Waits, and returns at which sequence a section begins and whether it has collided already.
     #[cold]
-    fn begin_blocked(
-        &self,
-        deadline: Option<Instant>,
-    ) -> Result<ReadSection<'_, N>, ReadBeginError> {
+    fn begin_blocked(&self, deadline: Option<Instant>) -> Result<(u64, bool), ReadBeginError> {
         let core = self.node.core();
         if core.has(CLOSED) {
             return Err(Released.into());
@@ -322,12 +330,11 @@ impl<N: Notifier> Handle<N> {
             }
             waited?;
         }
-        let (sequence, collided) = match core.try_begin() {
-            Begin::At(sequence) => (sequence, false),
-            Begin::Blocked if core.has(CLOSED) => return Err(Released.into()),
-            Begin::Blocked => (0, true),
-        };
-        Ok(ReadSection { handle: self, sequence, collided })
+        match core.try_begin() {
+            Begin::At(sequence) => Ok((sequence, false)),
+            Begin::Blocked if core.has(CLOSED) => Err(Released.into()),
+            Begin::Blocked => Ok((0, true)),
+        }
     }
 
     /// Finds an announcement that a reader waits for, first one that the reader itself made.
@@ -394,7 +401,7 @@ impl<N: Notifier> Handle<N> {
 
     /// Returns the name for diagnostics.
     pub fn name(&self) -> &str {
-        self.node.core().name()
+        self.node.name()
     }
 
     /// Returns what was counted, where
@@ -451,10 +458,15 @@ impl<'a, N: Notifier> ReadSection<'a, N> {
             return Ok(Update { guard });
         }
         drop(guard);
+        self.count_collision();
+        Err(Retry)
+    }
+
+    #[cold]
+    fn count_collision(&self) {
         if let Some(counters) = &self.handle.node.core().counters {
             counters.collided();
         }
-        Err(Retry)
     }
 }
 
@@ -512,7 +524,7 @@ impl<N: Notifier> Operation<N> {
 
 impl<N: Notifier> fmt::Debug for Operation<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Operation").field("name", &self.pin.core().name()).finish_non_exhaustive()
+        f.debug_struct("Operation").field("name", &self.pin.name()).finish_non_exhaustive()
     }
 }
 

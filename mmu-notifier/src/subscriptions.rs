@@ -388,6 +388,7 @@ impl Subscriptions {
     /// section on it begins.
     #[must_use = "the change is over when the guard is dropped"]
     #[doc(alias = "mmu_notifier_invalidate_range_start")]
+    #[inline]
     pub fn invalidate_range_start(&self, event: Event) -> RangeInvalidation<'_> {
         match self.start(event.blockable(true)) {
             Ok(guard) => guard,
@@ -415,12 +416,27 @@ impl Subscriptions {
         self.start(event.blockable(false))
     }
 
+    #[inline]
     fn start(&self, event: Event) -> Result<RangeInvalidation<'_>, WouldBlock> {
         context::forbid_announcement();
         let shard = context::shard();
-        if let Some(guard) = self.start_unrecorded(shard, event) {
-            return Ok(guard);
+        if self.start_unrecorded(shard) {
+            let record = Record::Unrecorded { shard };
+            return Ok(RangeInvalidation {
+                space: self,
+                event,
+                record,
+                on_this_thread: PhantomData,
+            });
         }
+        self.start_recorded(shard, event)
+    }
+
+    fn start_recorded(
+        &self,
+        shard: usize,
+        event: Event,
+    ) -> Result<RangeInvalidation<'_>, WouldBlock> {
         let mut no_locks = NoLocks::at_entry();
         let (id, mut hits) = self.record(&mut no_locks, shard, event);
         let (paired, refused) = deliver(&no_locks, &event, &mut hits);
@@ -440,12 +456,13 @@ impl Subscriptions {
     ///
     /// A subscriber that comes while it is under way hears nothing of it, and finds it by draining
     /// the gates; see [`settle`](Subscriptions::settle).
-    fn start_unrecorded(&self, shard: usize, event: Event) -> Option<RangeInvalidation<'_>> {
+    #[inline]
+    fn start_unrecorded(&self, shard: usize) -> bool {
         // Relaxed, both: a wrong "populated" costs a lock. A wrong "nobody" in the second load is
         // impossible once a settler has drained this gate: `Gate::enter` then acquired what the
         // settler released, and `populated` was set before.
         if self.populated.load(Ordering::Relaxed) {
-            return None;
+            return false;
         }
         let gate = &self.shards[shard].unrecorded;
         if !mutant!("unrecorded_not_counted") {
@@ -453,11 +470,10 @@ impl Subscriptions {
         }
         if self.populated.load(Ordering::Relaxed) {
             gate.leave();
-            return None;
+            return false;
         }
         context::remember_unrecorded(self.address());
-        let record = Record::Unrecorded { shard };
-        Some(RangeInvalidation { space: self, event, record, on_this_thread: PhantomData })
+        true
     }
 
     /// Records an announcement and pins everybody it concerns, in one step as seen by whoever
@@ -889,6 +905,7 @@ impl RangeInvalidation<'_> {
 }
 
 impl Drop for RangeInvalidation<'_> {
+    #[inline]
     fn drop(&mut self) {
         match &self.record {
             Record::Unrecorded { shard } => {
