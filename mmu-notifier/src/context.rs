@@ -9,7 +9,7 @@ use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::sync::atomic::{AtomicU64 as StdAtomicU64, Ordering as StdOrdering};
 
-use crate::primitive::{SHARDS, thread_local};
+use crate::primitive::{SHARDS, const_thread_local};
 
 /// How many unrecorded announcements one thread is remembered by, for self-wait detection. A thread
 /// that nests more of them than this is not detected beyond it.
@@ -24,21 +24,16 @@ struct Context {
     deferred: Cell<u32>,
 }
 
-thread_local! {
-    static CONTEXT: Context = const {
-        Context {
-            number: Cell::new(0),
-            callbacks: Cell::new(0),
-            kind: Cell::new(CallbackKind::Invalidate),
-            registry_locks: Cell::new(0),
-            unrecorded: [const { Cell::new(0) }; REMEMBERED],
-            deferred: Cell::new(0),
-        }
+const_thread_local! {
+    static CONTEXT: Context = Context {
+        number: Cell::new(0),
+        callbacks: Cell::new(0),
+        kind: Cell::new(CallbackKind::Invalidate),
+        registry_locks: Cell::new(0),
+        unrecorded: [const { Cell::new(0) }; REMEMBERED],
+        deferred: Cell::new(0),
     };
-}
-
-thread_local! {
-    static DEFERRED: RefCell<Vec<Box<dyn Deferred>>> = const { RefCell::new(Vec::new()) };
+    static DEFERRED: RefCell<Vec<Box<dyn Deferred>>> = RefCell::new(Vec::new());
 }
 
 /// Something dropped inside a callback, whose end waits until the thread has left its callbacks.

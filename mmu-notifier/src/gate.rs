@@ -16,7 +16,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::primitive::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, mutant};
+use crate::primitive::{
+    AtomicU64, Condvar, Mutex, MutexGuard, Ordering, mutant, preemption_point, relaxed_if,
+};
 
 const WAITING: u64 = 1 << 63;
 
@@ -92,7 +94,8 @@ impl Gate {
     pub(crate) fn enter(&self) {
         // Acquire: pairs with the AcqRel read-modify-write of `drain`. Who enters after a drainer
         // looked also sees what the drainer wrote before it looked (`Subscriptions::populated`).
-        self.state.fetch_add(1, Ordering::Acquire);
+        let acquire = relaxed_if(mutant!("relaxed_enter"), Ordering::Acquire);
+        self.state.fetch_add(1, acquire);
     }
 
     /// Leaves, and wakes whoever waits for the last one to leave.
@@ -100,7 +103,8 @@ impl Gate {
     pub(crate) fn leave(&self) {
         // Release: pairs with the AcqRel in `drain` and the Acquire in `count`. Whoever sees zero
         // sees all that was done inside.
-        if self.state.fetch_sub(1, Ordering::Release) == (WAITING | 1) {
+        let release = relaxed_if(mutant!("relaxed_leave"), Ordering::Release);
+        if self.state.fetch_sub(1, release) == (WAITING | 1) {
             self.queue.wake_all();
         }
     }
@@ -119,7 +123,8 @@ impl Gate {
         let sleepers = self.queue.wait_until(deadline, || {
             // AcqRel: the Acquire pairs with the Release in `leave`, the Release with the Acquire
             // in `enter`.
-            self.state.fetch_or(WAITING, Ordering::AcqRel) & !WAITING == 0
+            let both = relaxed_if(mutant!("relaxed_drain"), Ordering::AcqRel);
+            self.state.fetch_or(WAITING, both) & !WAITING == 0
         })?;
         if *sleepers == 0 {
             // The mark is only ever set under the queue's lock, which we hold: nobody's is lost.
@@ -164,10 +169,12 @@ impl<T: ?Sized> Drop for Pin<T> {
     fn drop(&mut self) {
         if mutant!("pin_leaves_first") {
             self.gate.leave();
-            drop(self.value.take());
-            return;
+            preemption_point();
         }
         drop(self.value.take());
-        self.gate.leave();
+        if !mutant!("pin_leaves_first") {
+            preemption_point();
+            self.gate.leave();
+        }
     }
 }

@@ -36,7 +36,7 @@ use crate::event::{Class, Event, EventKind, Owner};
 use crate::gate::{Gate, TimedOut};
 use crate::index::Key;
 use crate::notifier::{Fence, Notifier, WouldBlock};
-use crate::primitive::{AtomicU64, Mutex, MutexGuard, Ordering, mutant};
+use crate::primitive::{AtomicU64, Mutex, MutexGuard, Ordering, mutant, relaxed_if};
 use crate::registry::NoLocks;
 
 /// Readers sleep until the count is zero.
@@ -179,9 +179,8 @@ impl Core {
 
     /// Sets `marks`, wakes readers if there are any, and returns the state before.
     pub(crate) fn mark(&self, marks: u64) -> u64 {
-        // AcqRel: the Release pairs with the Acquire in `has` and `try_begin`; the Acquire lets the
-        // one who finds a mark already set go on from where the one who set it was.
-        let before = self.state.fetch_or(marks, Ordering::AcqRel);
+        // Release: pairs with the Acquire in `has` and in `try_begin`.
+        let before = self.state.fetch_or(marks, Ordering::Release);
         if before & WAITERS != 0 {
             self.gate.queue.wake_all();
         }
@@ -208,7 +207,8 @@ impl Core {
             self.state.fetch_sub(by, Ordering::Release);
             return;
         }
-        let before = self.state.fetch_sub(by, Ordering::Release);
+        let release = relaxed_if(mutant!("relaxed_lower"), Ordering::Release);
+        let before = self.state.fetch_sub(by, release);
         if before & WAITERS != 0 && before & COUNT == by {
             self.gate.queue.wake_all();
         }
@@ -224,10 +224,16 @@ impl Core {
         }
         // Acquire: pairs with the Release in `Guard::bump`. Who sees an event's sequence sees the
         // count that was raised before it.
-        let sequence = self.sequence.load(Ordering::Acquire);
-        // Acquire: pairs with the Release in `lower`, and with the Release in `mark`.
-        let state = self.state.load(Ordering::Acquire);
-        if state == 0 { Begin::At(sequence) } else { Begin::Blocked }
+        let acquire = relaxed_if(mutant!("relaxed_begin_sequence"), Ordering::Acquire);
+        let sequence = self.sequence.load(acquire);
+        // Acquire: pairs with the Release in `lower`, in `mark`, and where `settle` takes a mark back.
+        let acquire = relaxed_if(mutant!("relaxed_begin_state"), Ordering::Acquire);
+        let state = self.state.load(acquire);
+        if state == 0 || (mutant!("begin_ignores_changes_under_way") && state & CLOSED == 0) {
+            Begin::At(sequence)
+        } else {
+            Begin::Blocked
+        }
     }
 
     /// Sleeps until the announcements under way are over, or the subscription is closed; at most
@@ -239,9 +245,9 @@ impl Core {
         }
         let mut slept = false;
         let sleepers = self.gate.queue.wait_until(deadline, || {
-            // AcqRel: the Acquire as in `try_begin`; the mark itself is seen by `lower`'s
-            // read-modify-write of the same word.
-            let state = self.state.fetch_or(WAITERS, Ordering::AcqRel);
+            // Relaxed: the mark is seen by `lower`'s read-modify-write of the same word, and the
+            // caller looks at the state again by `try_begin`.
+            let state = self.state.fetch_or(WAITERS, Ordering::Relaxed);
             state & COUNT == 0 || state & CLOSED != 0 || std::mem::replace(&mut slept, true)
         })?;
         if *sleepers == 0 {
@@ -482,7 +488,7 @@ impl<'a, N: Notifier> Guard<'a, N> {
         // Relaxed: written under the lock we hold. Release: pairs with the Acquire in `try_begin`.
         // Wrapping is of no account: only equality is ever asked, within one read section (E06).
         let next = sequence.load(Ordering::Relaxed).wrapping_add(1);
-        sequence.store(next, Ordering::Release);
+        sequence.store(next, relaxed_if(mutant!("relaxed_bump"), Ordering::Release));
     }
 
     /// Tells whether no event came since a read section began at `sequence`.

@@ -5,34 +5,38 @@
 //! Reference counts stay `std::sync::Arc` everywhere: loom's cannot hold a `dyn Trait`.
 
 #[cfg(loom)]
-pub(crate) use loom::{
-    sync::{
-        Condvar, Mutex, MutexGuard, RwLock as RegistryRwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    thread_local,
+pub(crate) use loom::sync::{
+    Condvar, Mutex, MutexGuard, RwLock as RegistryRwLock,
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 #[cfg(shuttle)]
-pub(crate) use shuttle::{
-    sync::{
-        Condvar, Mutex, MutexGuard, RwLock as RegistryRwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    thread_local,
+pub(crate) use shuttle::sync::{
+    Condvar, Mutex, MutexGuard, RwLock as RegistryRwLock,
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 #[cfg(not(any(loom, shuttle)))]
 pub(crate) use {
     crossbeam_utils::sync::ShardedLock as RegistryRwLock,
-    std::{
-        sync::{
-            Condvar, Mutex, MutexGuard,
-            atomic::{AtomicBool, AtomicU64, Ordering},
-        },
-        thread_local,
+    std::sync::{
+        Condvar, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
+
+/// Declares a thread-local whose first value is a constant, which makes looking at it one load.
+macro_rules! const_thread_local {
+    ($(static $name:ident: $type:ty = $value:expr;)*) => {
+        #[cfg(loom)]
+        loom::thread_local! { $(static $name: $type = $value;)* }
+        #[cfg(shuttle)]
+        shuttle::thread_local! { $(static $name: $type = $value;)* }
+        #[cfg(not(any(loom, shuttle)))]
+        std::thread_local! { $(static $name: $type = const { $value };)* }
+    };
+}
+pub(crate) use const_thread_local;
 
 /// How many shards an address space spreads its announcers over.
 ///
@@ -54,6 +58,20 @@ macro_rules! mutant {
     }};
 }
 pub(crate) use mutant;
+
+/// Returns `ordering`, or no ordering at all if `broken`: how a mutant takes one away.
+#[inline(always)]
+pub(crate) fn relaxed_if(broken: bool, ordering: Ordering) -> Ordering {
+    if broken { Ordering::Relaxed } else { ordering }
+}
+
+/// A place where the thread may be preempted that a model checker would not see by itself, because
+/// what stands on its two sides is a plain `Arc`.
+#[inline]
+pub(crate) fn preemption_point() {
+    #[cfg(loom)]
+    loom::thread::yield_now();
+}
 
 #[cfg(loom)]
 pub(crate) fn mutant_is(name: &str) -> bool {

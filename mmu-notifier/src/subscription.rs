@@ -162,7 +162,7 @@ impl<N: Notifier> Subscription<N> {
         let mut no_locks = NoLocks::at_entry();
         if self.phase == Ending::Subscribed {
             if let Some(pin) = space.pin_if_linked(&mut no_locks, &self.handle.weak()) {
-                if pin.core().mark(CLOSED) & CLOSED == 0 {
+                if pin.core().mark(CLOSED) & CLOSED == 0 && !mutant!("unsubscribe_without_stop") {
                     node.stop(&no_locks, None);
                 }
             }
@@ -224,7 +224,7 @@ impl<N: Notifier> Drop for Subscription<N> {
         if self.phase == Ending::Over {
             return;
         }
-        if context::in_callback() {
+        if context::in_callback() && !mutant!("drop_in_a_callback_waits") {
             let later = Subscription { handle: self.handle.clone(), phase: self.phase };
             context::defer(Box::new(later));
             return;

@@ -15,7 +15,7 @@ use crate::gate::{Gate, Pin, TimedOut, WaitQueue};
 use crate::index::{Growth, GrowthError, Index};
 use crate::node::{CLOSED, Node, NodeOf, Pending, Settings, UNLINKED, UNSETTLED};
 use crate::notifier::{Notifier, PairedNotifier, WouldBlock};
-use crate::primitive::{AtomicBool, Ordering, SHARDS, mutant};
+use crate::primitive::{AtomicBool, Ordering, SHARDS, mutant, relaxed_if};
 use crate::registry::{Active, ActiveList, NoLocks, Phase, RegistryLock};
 use crate::subscription::{Handle, Subscription};
 
@@ -439,13 +439,21 @@ impl Subscriptions {
     ) -> Result<RangeInvalidation<'_>, WouldBlock> {
         let mut no_locks = NoLocks::at_entry();
         let (id, mut hits) = self.record(&mut no_locks, shard, event);
+        #[cfg(mutant = "callback_under_the_registry_lock")]
+        let registry = self.registry.read(&mut no_locks);
         let (paired, refused) = deliver(&no_locks, &event, &mut hits);
+        #[cfg(mutant = "callback_under_the_registry_lock")]
+        drop(registry);
         // Leaves the gates: whoever unsubscribes need not wait for the change itself.
         drop(hits);
         let record = Record::Recorded { shard, id, paired };
         let guard = RangeInvalidation { space: self, event, record, on_this_thread: PhantomData };
         if refused {
-            drop(guard);
+            if mutant!("refusal_leaves_the_range_changing") {
+                std::mem::forget(guard);
+            } else {
+                drop(guard);
+            }
             return Err(WouldBlock);
         }
         context::finish_deferred();
@@ -586,7 +594,7 @@ impl Subscriptions {
         let Some(stopped) = self.begin_release(&mut no_locks, deadline)? else {
             return Ok(());
         };
-        if !stopped {
+        if !stopped && !mutant!("one_pass_release") {
             self.stop_all(&mut no_locks);
         }
         let result = self.end_all(&mut no_locks, deadline);
@@ -659,7 +667,13 @@ impl Subscriptions {
     fn end_all(&self, no_locks: &mut NoLocks, deadline: Option<Instant>) -> Result<(), TimedOut> {
         while let Some(node) = self.unlink_next(no_locks) {
             node.core().gate.drain(deadline)?;
-            node.release(no_locks);
+            if mutant!("release_under_the_registry_lock") {
+                let mut second = NoLocks::at_entry();
+                let _registry = self.registry.write(&mut second);
+                node.release(no_locks);
+            } else {
+                node.release(no_locks);
+            }
             let done = self.registry.write(no_locks).releasing.take();
             drop(done);
         }
@@ -732,7 +746,8 @@ impl Subscriptions {
         }
         // Release: pairs with the Acquire in `Core::try_begin`. A reader that finds the mark gone sees
         // what the drained announcements changed, which `drain` acquired.
-        node.core().state.fetch_and(!UNSETTLED, Ordering::Release);
+        let release = relaxed_if(mutant!("relaxed_settle"), Ordering::Release);
+        node.core().state.fetch_and(!UNSETTLED, release);
         Ok(())
     }
 
@@ -843,6 +858,9 @@ fn deliver(no_locks: &NoLocks, event: &Event, hits: &mut Hits) -> (Paired, bool)
     for hit in hits.iter_mut() {
         let pending = std::mem::replace(&mut hit.pending, Pending::Over);
         hit.pin.finish(no_locks, pending);
+    }
+    if refused && mutant!("refusal_without_ends") {
+        paired.clear();
     }
     (paired, refused)
 }

@@ -22,9 +22,8 @@ use crate::step::{CommandLine, Failure, Step, run_all, target_dir};
 const PROBE_LIMIT: Duration = Duration::from_secs(60);
 
 /// The names of the steps of `test`, in order.
-const STEP_NAMES: [&str; 9] = [
-    "fmt", "clippy", "doc", "tests", "doctests", "release", "shuttle", "loom", "mutants",
-];
+const STEP_NAMES: [&str; 9] =
+    ["fmt", "clippy", "doc", "tests", "doctests", "release", "shuttle", "loom", "mutants"];
 
 /// The project's own commands: tests, models, mutants, sanitizers.
 ///
@@ -137,26 +136,12 @@ fn run(task: Task) -> Result<(), Failure> {
 /// The steps of `cargo xtask test`, in the order of [`STEP_NAMES`].
 fn test_steps() -> Vec<Step> {
     let cargo = CommandLine::cargo;
-    let plain = |name, line| Step {
-        name,
-        line,
-        must_run_tests: false,
-    };
-    let tests = |name, line| Step {
-        name,
-        line,
-        must_run_tests: true,
-    };
+    let plain = |name, line| Step { name, line, must_run_tests: false };
+    let tests = |name, line| Step { name, line, must_run_tests: true };
     vec![
         plain("fmt", cargo("fmt --all --check")),
-        plain(
-            "clippy",
-            cargo("clippy --workspace --all-targets -- -D warnings"),
-        ),
-        plain(
-            "doc",
-            cargo("doc --workspace --no-deps").variable("RUSTDOCFLAGS", "-D warnings"),
-        ),
+        plain("clippy", cargo("clippy --workspace --all-targets -- -D warnings")),
+        plain("doc", cargo("doc --workspace --no-deps").variable("RUSTDOCFLAGS", "-D warnings")),
         // `--all-targets` includes the benchmarks, which run each measured body once, and leaves
         // the documentation's tests out, which are the step after.
         tests("tests", cargo("test --workspace --all-targets")),
@@ -176,9 +161,7 @@ fn shuttle_step(arguments: &[String]) -> Step {
 }
 
 fn loom_step(filter: Option<String>, arguments: &[String]) -> Step {
-    let line = loom_line()
-        .variable("LOOM_MAX_PREEMPTIONS", max_preemptions())
-        .arguments(filter);
+    let line = loom_line().variable("LOOM_MAX_PREEMPTIONS", max_preemptions()).arguments(filter);
     test_binary_step("loom", line, arguments)
 }
 
@@ -186,11 +169,7 @@ fn test_binary_step(name: &'static str, line: CommandLine, arguments: &[String])
     // With arguments of their own the user may want a list, and no test to run.
     let must_run_tests = arguments.is_empty();
     let separator = if arguments.is_empty() { "" } else { "--" };
-    Step {
-        name,
-        line: line.words(separator).arguments(arguments),
-        must_run_tests,
-    }
+    Step { name, line: line.words(separator).arguments(arguments), must_run_tests }
 }
 
 /// The command that builds and runs the models.
@@ -215,10 +194,7 @@ fn miri_steps() -> [Step; 2] {
     };
     [
         step("stacked-borrows", "-Zmiri-strict-provenance"),
-        step(
-            "tree-borrows",
-            "-Zmiri-strict-provenance -Zmiri-tree-borrows",
-        ),
+        step("tree-borrows", "-Zmiri-strict-provenance -Zmiri-tree-borrows"),
     ]
 }
 
@@ -228,11 +204,7 @@ fn tsan_step() -> Step {
     let line = CommandLine::cargo(words)
         .variable("RUSTFLAGS", "-Zsanitizer=thread")
         .variable("CARGO_TARGET_DIR", target_dir("tsan"));
-    Step {
-        name: "tsan",
-        line,
-        must_run_tests: true,
-    }
+    Step { name: "tsan", line, must_run_tests: true }
 }
 
 /// Fails, with the command that helps, unless a nightly toolchain with `components` is installed.
@@ -249,11 +221,7 @@ fn need_nightly(components: &[&str]) -> Result<(), Failure> {
         "rust-src" => library.exists(),
         _ => probe("cargo", &format!("+nightly {component} --version")).is_some(),
     };
-    let missing: Vec<&str> = components
-        .iter()
-        .copied()
-        .filter(|&c| !is_there(c))
-        .collect();
+    let missing: Vec<&str> = components.iter().copied().filter(|&c| !is_there(c)).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -267,14 +235,9 @@ fn need_nightly(components: &[&str]) -> Result<(), Failure> {
 
 /// What `program` says, if it starts and succeeds. Nothing is installed on the way.
 fn probe(program: &str, words: &str) -> Option<String> {
-    let line = CommandLine::new(program)
-        .words(words)
-        .variable("RUSTUP_AUTO_INSTALL", "0");
+    let line = CommandLine::new(program).words(words).variable("RUSTUP_AUTO_INSTALL", "0");
     let outcome = line.capture(PROBE_LIMIT).ok()?;
-    outcome
-        .status
-        .is_some_and(|status| status.success())
-        .then_some(outcome.stdout)
+    outcome.status.is_some_and(|status| status.success()).then_some(outcome.stdout)
 }
 
 #[cfg(test)]
@@ -297,11 +260,7 @@ mod tests {
     #[test]
     fn arguments_of_the_test_binary_come_last() {
         let step = loom_step(Some("seed".to_owned()), &["--nocapture".to_owned()]);
-        assert!(
-            step.line
-                .to_string()
-                .ends_with("--test models seed -- --nocapture")
-        );
+        assert!(step.line.to_string().ends_with("--test models seed -- --nocapture"));
         assert!(!step.must_run_tests);
     }
 }

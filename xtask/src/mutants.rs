@@ -8,6 +8,7 @@
 //! name | compile:E0502        | what is broken, in one sentence
 //! ```
 //!
+//! A mutant that several models must notice has a line for each; every model must notice one.
 //! Blank lines and lines that begin with `#` say nothing. A mutant of the first kind is switched
 //! on at run time (`mutant!("name")` in the source), one of the second kind at compile time
 //! (`cfg(mutant = "name")`).
@@ -48,7 +49,7 @@ struct Mutant {
 }
 
 /// What must notice a mutant.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Check {
     /// The loom model of this name fails.
     Model(String),
@@ -58,12 +59,7 @@ enum Check {
 
 /// Prints the table of mutants.
 pub(crate) fn list() -> Result<(), Failure> {
-    for Mutant {
-        name,
-        check,
-        sentence,
-    } in read_table()?
-    {
+    for Mutant { name, check, sentence } in read_table()? {
         let by = match check {
             Check::Model(model) => model,
             Check::Compile(code) => format!("the compiler, {code}"),
@@ -77,24 +73,18 @@ pub(crate) fn list() -> Result<(), Failure> {
 pub(crate) fn run(names: &[String]) -> Result<(), Failure> {
     let table = read_table()?;
     check_consistency(&table, &names_in_source(&root().join(SOURCE))?)?;
-    if let Some(unknown) = names
-        .iter()
-        .find(|name| table.iter().all(|m| m.name != **name))
-    {
-        return failed(format!(
-            "no mutant is called `{unknown}`; `--list` shows them all"
-        ));
+    if let Some(unknown) = names.iter().find(|name| table.iter().all(|m| m.name != **name)) {
+        return failed(format!("no mutant is called `{unknown}`; `--list` shows them all"));
     }
     let wanted = |mutant: &&Mutant| names.is_empty() || names.contains(&mutant.name);
     let wanted: Vec<&Mutant> = table.iter().filter(wanted).collect();
     let models: BTreeSet<&str> = wanted.iter().filter_map(|mutant| mutant.model()).collect();
 
     // What is checked against a mutant must hold without one, or the failure shows nothing.
-    let binary = if models.is_empty() {
-        String::new()
-    } else {
-        build_models()?
-    };
+    let binary = if models.is_empty() { String::new() } else { build_models()? };
+    if names.is_empty() {
+        check_every_model_bites(&binary, &models)?;
+    }
     for model in models {
         check_unbroken_model(&binary, model)?;
     }
@@ -121,11 +111,7 @@ pub(crate) fn run(names: &[String]) -> Result<(), Failure> {
             }
         }
     }
-    println!(
-        "\n{} mutants killed, {} survived",
-        wanted.len() - survivors.len(),
-        survivors.len()
-    );
+    println!("\n{} mutants killed, {} survived", wanted.len() - survivors.len(), survivors.len());
     if survivors.is_empty() {
         Ok(())
     } else {
@@ -163,11 +149,7 @@ fn read_table() -> Result<Vec<Mutant>, Failure> {
     let text = fs::read_to_string(&path)
         .or_else(|error| failed(format!("cannot read {}: {error}", path.display())))?;
     let table = parse(&text).or_else(|error| failed(format!("{TABLE}:{error}")))?;
-    if table.is_empty() {
-        failed(format!("{TABLE} lists no mutant"))
-    } else {
-        Ok(table)
-    }
+    if table.is_empty() { failed(format!("{TABLE} lists no mutant")) } else { Ok(table) }
 }
 
 /// Reads a table of mutants. The error begins with the number of the line.
@@ -180,9 +162,9 @@ fn parse(text: &str) -> Result<Vec<Mutant>, String> {
             continue;
         }
         let mutant = parse_line(line).map_err(|error| format!("{number}: {error}"))?;
-        if let Some(first) = seen.insert(mutant.name.clone(), number) {
+        if let Some(first) = seen.insert((mutant.name.clone(), mutant.check.clone()), number) {
             return Err(format!(
-                "{number}: `{}` is on line {first} already",
+                "{number}: `{}` with this model is on line {first} already",
                 mutant.name
             ));
         }
@@ -206,20 +188,14 @@ fn parse_line(line: &str) -> Result<Mutant, String> {
         Some(code) if code.is_empty() || code.starts_with(':') => {
             let code = code.strip_prefix(':').unwrap_or(code);
             if !is_error_code(code) {
-                return Err(format!(
-                    "`{name}` wants an error code, as in `compile:E0502`"
-                ));
+                return Err(format!("`{name}` wants an error code, as in `compile:E0502`"));
             }
             Check::Compile(code.to_owned())
         }
         _ if is_name(check) => Check::Model(check.to_owned()),
         _ => return Err(format!("`{check}` is no name of a model")),
     };
-    Ok(Mutant {
-        name: name.to_owned(),
-        check,
-        sentence: sentence.to_owned(),
-    })
+    Ok(Mutant { name: name.to_owned(), check, sentence: sentence.to_owned() })
 }
 
 fn is_name(word: &str) -> bool {
@@ -238,30 +214,18 @@ fn is_error_code(word: &str) -> bool {
 fn check_consistency(table: &[Mutant], source: &BTreeSet<String>) -> Result<(), Failure> {
     let listed: BTreeSet<String> = table.iter().map(|mutant| mutant.name.clone()).collect();
     let only = |these: &BTreeSet<String>, others: &BTreeSet<String>| {
-        these
-            .difference(others)
-            .cloned()
-            .collect::<Vec<_>>()
-            .join(", ")
+        these.difference(others).cloned().collect::<Vec<_>>().join(", ")
     };
     let missing_in_source = only(&listed, source);
     let missing_in_table = only(source, &listed);
     let mut errors = Vec::new();
     if !missing_in_source.is_empty() {
-        errors.push(format!(
-            "in {TABLE} but not in {SOURCE}: {missing_in_source}"
-        ));
+        errors.push(format!("in {TABLE} but not in {SOURCE}: {missing_in_source}"));
     }
     if !missing_in_table.is_empty() {
-        errors.push(format!(
-            "in {SOURCE} but not in {TABLE}: {missing_in_table}"
-        ));
+        errors.push(format!("in {SOURCE} but not in {TABLE}: {missing_in_table}"));
     }
-    if errors.is_empty() {
-        Ok(())
-    } else {
-        failed(errors.join("\n"))
-    }
+    if errors.is_empty() { Ok(()) } else { failed(errors.join("\n")) }
 }
 
 /// The names of all mutants in the Rust files under `folder`.
@@ -283,9 +247,7 @@ fn names_in_source(folder: &Path) -> Result<BTreeSet<String>, Failure> {
 
 /// The names in `mutant!("name")` and `mutant = "name"`, except in lines that are comments.
 fn names_in_text(text: &str) -> BTreeSet<String> {
-    let code = text
-        .lines()
-        .filter(|line| !line.trim_start().starts_with("//"));
+    let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
     let code = code.collect::<Vec<_>>().join("\n");
     let named = |(at, word): (usize, &str)| {
         if code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_') {
@@ -313,10 +275,7 @@ fn build_models() -> Result<String, Failure> {
         return failed(format!("the models do not build\n{}", outcome.stderr));
     }
     let executable = outcome.stdout.lines().find_map(executable_of_models);
-    executable.map_or_else(
-        || failed("cargo names no executable for the test `models`"),
-        Ok,
-    )
+    executable.map_or_else(|| failed("cargo names no executable for the test `models`"), Ok)
 }
 
 /// The executable in one of cargo's messages, if it is the one of the models.
@@ -338,30 +297,31 @@ fn check_line() -> CommandLine {
     CommandLine::cargo("check -p mmu-notifier").variable("CARGO_TARGET_DIR", target_dir("mutants"))
 }
 
+/// Fails if a model of the binary has no mutant: nobody would know that it can fail.
+fn check_every_model_bites(binary: &str, with_mutant: &BTreeSet<&str>) -> Result<(), Failure> {
+    let listed = CommandLine::new(binary).words("--list --format terse").capture(MUTANT_LIMIT)?;
+    let models = listed.stdout.lines().filter_map(|line| line.strip_suffix(": test"));
+    let toothless: Vec<&str> = models.filter(|model| !with_mutant.contains(model)).collect();
+    if toothless.is_empty() {
+        Ok(())
+    } else {
+        failed(format!("models that no mutant of {TABLE} shows to bite: {}", toothless.join(", ")))
+    }
+}
+
 fn check_unbroken_model(binary: &str, model: &str) -> Result<(), Failure> {
     let line = model_line(binary, model);
     let outcome = line.capture(MODEL_LIMIT)?;
-    let explain = |what: &str| {
-        failed(format!(
-            "{what}\n{}\n{}\n{line}",
-            outcome.stdout, outcome.stderr
-        ))
-    };
+    let explain =
+        |what: &str| failed(format!("{what}\n{}\n{}\n{line}", outcome.stdout, outcome.stderr));
     if !ran_one_test(&outcome) {
-        return explain(&format!(
-            "the run of `{model}` did not consist of exactly one test"
-        ));
+        return explain(&format!("the run of `{model}` did not consist of exactly one test"));
     }
     match outcome.status {
-        None => explain(&format!(
-            "the model itself takes over {MODEL_LIMIT:?}: `{model}`"
-        )),
+        None => explain(&format!("the model itself takes over {MODEL_LIMIT:?}: `{model}`")),
         // An ignored test is a success of libtest's, too.
         Some(status) if status.success() && outcome.stdout.contains("ok. 1 passed; 0 failed") => {
-            println!(
-                "passed    {model}  without a mutant  {:.1} s",
-                outcome.seconds
-            );
+            println!("passed    {model}  without a mutant  {:.1} s", outcome.seconds);
             Ok(())
         }
         Some(_) => explain(&format!("the model itself fails: `{model}`")),
@@ -372,16 +332,10 @@ fn check_unbroken_build() -> Result<(), Failure> {
     let line = check_line();
     let outcome = line.capture(BUILD_LIMIT)?;
     if outcome.status.is_some_and(|status| status.success()) {
-        println!(
-            "passed    cargo check  without a mutant  {:.1} s",
-            outcome.seconds
-        );
+        println!("passed    cargo check  without a mutant  {:.1} s", outcome.seconds);
         return Ok(());
     }
-    failed(format!(
-        "the crate itself does not compile\n{}\n{line}",
-        outcome.stderr
-    ))
+    failed(format!("the crate itself does not compile\n{}\n{line}", outcome.stderr))
 }
 
 /// `Ok` if the model noticed the mutant, else the reason why this run does not count.
@@ -390,9 +344,7 @@ fn judge_model(outcome: &Outcome) -> Result<(), String> {
         return Err("the run did not consist of exactly one test".to_owned());
     }
     let Some(status) = outcome.status else {
-        return Err(format!(
-            "not over after {MUTANT_LIMIT:?}, which is not counted as killed"
-        ));
+        return Err(format!("not over after {MUTANT_LIMIT:?}, which is not counted as killed"));
     };
     if status.success() {
         return Err("the model passed".to_owned());
@@ -470,10 +422,7 @@ mod tests {
             ("a | model |", "1: `a` does not say what it breaks"),
             ("a | compile | Sentence.", "1: `a` wants an error code"),
             ("a | compile:502 | Sentence.", "1: `a` wants an error code"),
-            (
-                "a | m | S.\nb | m | S.\na | n | S.",
-                "3: `a` is on line 1 already",
-            ),
+            ("a | m | S.\nb | m | S.\na | n | S.", "3: `a` is on line 1 already"),
         ] {
             let found = parse(text).expect_err(text);
             assert!(found.starts_with(error), "{text:?}: {found}");
@@ -505,14 +454,8 @@ mod tests {
         let Err(Failure::Failed(error)) = check_consistency(&table, &source) else {
             panic!("the difference is not seen");
         };
-        assert!(
-            error.contains("not in mmu-notifier/src: only_listed"),
-            "{error}"
-        );
-        assert!(
-            error.contains("not in mmu-notifier/tests/mutants.txt: only_there"),
-            "{error}"
-        );
+        assert!(error.contains("not in mmu-notifier/src: only_listed"), "{error}");
+        assert!(error.contains("not in mmu-notifier/tests/mutants.txt: only_there"), "{error}");
         assert!(check_consistency(&table[..1], &["both".to_owned()].into()).is_ok());
     }
 
@@ -532,13 +475,7 @@ mod tests {
             // Not the model, or not only the model.
             (ended(exit_101, "running 0 tests\n", ""), false),
             (ended(SIGABRT, "running 11 tests\n", ""), false),
-            (
-                Outcome {
-                    status: None,
-                    ..ended(0, "running 1 test\n", "")
-                },
-                false,
-            ),
+            (Outcome { status: None, ..ended(0, "running 1 test\n", "") }, false),
         ] {
             assert_eq!(judge_model(&outcome).is_ok(), killed, "{outcome:?}");
         }

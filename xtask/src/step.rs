@@ -12,11 +12,8 @@ pub(crate) const MUTANT_VARIABLE: &str = "MMU_NOTIFIER_MUTANT";
 
 /// Variables that no command inherits: the first two would silently win over the `RUSTFLAGS` and
 /// `RUSTDOCFLAGS` of a step, the third would break the algorithm in a step that means it whole.
-const NEVER_INHERITED: [&str; 3] = [
-    "CARGO_ENCODED_RUSTFLAGS",
-    "CARGO_ENCODED_RUSTDOCFLAGS",
-    MUTANT_VARIABLE,
-];
+const NEVER_INHERITED: [&str; 3] =
+    ["CARGO_ENCODED_RUSTFLAGS", "CARGO_ENCODED_RUSTDOCFLAGS", MUTANT_VARIABLE];
 
 /// How often a child with a deadline is looked at.
 const POLL: Duration = Duration::from_millis(5);
@@ -38,9 +35,7 @@ pub(crate) fn failed<T>(message: impl Into<String>) -> Result<T, Failure> {
 /// The repository root, where every command runs.
 pub(crate) fn root() -> &'static Path {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-    manifest
-        .parent()
-        .expect("xtask lies in a folder of the repository")
+    manifest.parent().expect("xtask lies in a folder of the repository")
 }
 
 /// The target directory of one kind of build, apart from the ordinary one, so that different
@@ -61,11 +56,7 @@ pub(crate) struct CommandLine {
 impl CommandLine {
     /// A program without arguments.
     pub(crate) fn new(program: impl Into<String>) -> Self {
-        Self {
-            variables: Vec::new(),
-            program: program.into(),
-            arguments: Vec::new(),
-        }
+        Self { variables: Vec::new(), program: program.into(), arguments: Vec::new() }
     }
 
     /// `cargo` with the words of `words`, which are separated by spaces.
@@ -111,9 +102,7 @@ impl CommandLine {
         };
         // The child is waited for in any case, so that none is left behind.
         let passed_on = pass_on();
-        let status = child
-            .wait()
-            .or_else(|error| self.could_not("wait for", &error))?;
+        let status = child.wait().or_else(|error| self.could_not("wait for", &error))?;
         passed_on.or_else(|error| self.could_not("pass on the output of", &error))?;
         Ok((status, tests_passed(&String::from_utf8_lossy(&seen))))
     }
@@ -131,9 +120,7 @@ impl CommandLine {
                 Ok(None) => {
                     // An error means that the child has ended meanwhile. It was late all the same.
                     let _ = child.kill();
-                    child
-                        .wait()
-                        .or_else(|error| self.could_not("wait for", &error))?;
+                    child.wait().or_else(|error| self.could_not("wait for", &error))?;
                     break None;
                 }
                 Err(error) => return self.could_not("wait for", &error),
@@ -159,15 +146,11 @@ impl CommandLine {
             .stdin(Stdio::null())
             .stdout(stdout)
             .stderr(stderr);
-        command
-            .spawn()
-            .or_else(|error| self.could_not("start", &error))
+        command.spawn().or_else(|error| self.could_not("start", &error))
     }
 
     fn could_not<T>(&self, what: &str, error: &io::Error) -> Result<T, Failure> {
-        Err(Failure::CouldNotRun(format!(
-            "cannot {what} `{self}`: {error}"
-        )))
+        Err(Failure::CouldNotRun(format!("cannot {what} `{self}`: {error}")))
     }
 }
 
@@ -220,11 +203,7 @@ pub(crate) fn run_all(steps: &[Step], skip: &[String]) -> Result<(), Failure> {
     for step in steps {
         let name = step.name;
         if failure.is_some() || skip.iter().any(|skipped| skipped == name) {
-            let why = if failure.is_some() {
-                "not run"
-            } else {
-                "skipped"
-            };
+            let why = if failure.is_some() { "not run" } else { "skipped" };
             table.push(format!("{name:<16} {why:<8} {:>8} {:>6}", "-", "-"));
             continue;
         }
@@ -244,48 +223,30 @@ pub(crate) fn run_all(steps: &[Step], skip: &[String]) -> Result<(), Failure> {
             Err(error) => failure = Some(error),
         }
     }
-    println!(
-        "{:<16} {:<8} {:>8} {:>6}",
-        "step", "result", "seconds", "tests"
-    );
+    println!("{:<16} {:<8} {:>8} {:>6}", "step", "result", "seconds", "tests");
     for row in table {
         println!("{row}");
     }
-    println!(
-        "\n{passed} passed, {} failed",
-        usize::from(failure.is_some())
-    );
+    println!("\n{passed} passed, {} failed", usize::from(failure.is_some()));
     failure.map_or(Ok(()), Err)
 }
 
 fn run_one(step: &Step) -> Result<usize, Failure> {
-    let Step {
-        name,
-        line,
-        must_run_tests,
-    } = step;
+    let Step { name, line, must_run_tests } = step;
     let (status, tests) = line.run()?;
     if !status.success() {
-        return failed(format!(
-            "step `{name}` failed ({status}); to repeat it alone:\n  {line}"
-        ));
+        return failed(format!("step `{name}` failed ({status}); to repeat it alone:\n  {line}"));
     }
     if *must_run_tests && tests == 0 {
-        return failed(format!(
-            "step `{name}` ran no test at all; to repeat it alone:\n  {line}"
-        ));
+        return failed(format!("step `{name}` ran no test at all; to repeat it alone:\n  {line}"));
     }
     Ok(tests)
 }
 
 /// How many tests passed, by the summaries that test binaries print.
 fn tests_passed(output: &str) -> usize {
-    let summaries = output
-        .lines()
-        .filter_map(|line| line.strip_prefix("test result: ok. "));
-    summaries
-        .filter_map(|rest| rest.split(' ').next()?.parse::<usize>().ok())
-        .sum()
+    let summaries = output.lines().filter_map(|line| line.strip_prefix("test result: ok. "));
+    summaries.filter_map(|rest| rest.split(' ').next()?.parse::<usize>().ok()).sum()
 }
 
 fn collect(mut pipe: impl Read + Send + 'static) -> thread::JoinHandle<String> {
@@ -331,19 +292,14 @@ mod tests {
 
     #[test]
     fn a_child_that_is_late_is_killed() {
-        let outcome = CommandLine::new("sleep")
-            .words("60")
-            .capture(Duration::from_millis(20));
+        let outcome = CommandLine::new("sleep").words("60").capture(Duration::from_millis(20));
         assert!(outcome.expect("sleep starts").status.is_none());
     }
 
     #[test]
     fn a_step_that_runs_no_test_fails_only_where_tests_are_due() {
-        let step = |must_run_tests| Step {
-            name: "s",
-            line: CommandLine::new("true"),
-            must_run_tests,
-        };
+        let step =
+            |must_run_tests| Step { name: "s", line: CommandLine::new("true"), must_run_tests };
         assert!(run_one(&step(false)).is_ok());
         assert!(matches!(run_one(&step(true)), Err(Failure::Failed(_))));
     }
@@ -356,16 +312,9 @@ mod tests {
             must_run_tests: false,
         };
         // The third step would report a program that cannot be started, if it were reached.
-        let steps = [
-            step("one", "true"),
-            step("two", "false"),
-            step("three", "no such program"),
-        ];
+        let steps = [step("one", "true"), step("two", "false"), step("three", "no such program")];
         assert!(matches!(run_all(&steps, &[]), Err(Failure::Failed(_))));
-        assert!(matches!(
-            run_all(&steps, &["two".to_owned()]),
-            Err(Failure::CouldNotRun(_))
-        ));
+        assert!(matches!(run_all(&steps, &["two".to_owned()]), Err(Failure::CouldNotRun(_))));
         assert!(run_all(&steps[..1], &[]).is_ok());
     }
 }
