@@ -9,11 +9,11 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::Subscriptions;
 use crate::event::Event;
 use crate::node::{CLOSED, COUNT, ENDED, Node, UNLINKED, UNSETTLED, WAITERS};
 use crate::primitive;
 use crate::registry::NoLocks;
+use crate::{Subscriptions, VaRange};
 
 /// What was counted of one subscription since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,7 +88,11 @@ impl Counters {
 }
 
 /// Writes one subscription, without taking its notifier's lock.
-pub(crate) fn write_node(f: &mut fmt::Formatter<'_>, node: &dyn Node) -> fmt::Result {
+pub(crate) fn write_node(
+    f: &mut fmt::Formatter<'_>,
+    node: &dyn Node,
+    range: Option<VaRange>,
+) -> fmt::Result {
     let core = node.core();
     // Relaxed: a snapshot for people.
     let state = core.state.load(primitive::Ordering::Relaxed);
@@ -101,8 +105,11 @@ pub(crate) fn write_node(f: &mut fmt::Formatter<'_>, node: &dyn Node) -> fmt::Re
     ];
     let marks = marks.into_iter().filter(|(mark, _)| state & mark != 0).map(|(_, word)| word);
     let mut out = f.debug_struct("Subscriber");
-    out.field("name", &node.name())
-        .field("class", &core.class)
+    out.field("name", &node.name());
+    if let Some(range) = range {
+        out.field("range", &range);
+    }
+    out.field("class", &core.class)
         .field("owner", &core.owner)
         .field("changes_under_way", &(state & COUNT))
         .field("calls_and_operations", &core.gate.count())
@@ -122,18 +129,18 @@ impl fmt::Debug for Subscriptions {
             .field("phase", &phase)
             .field("changes_under_way", &self.list_active())
             .field("changes_unrecorded", &self.count_unrecorded())
-            .field("releasing", &releasing.as_deref().map(Dumped))
+            .field("releasing", &releasing.as_deref().map(|node| Dumped(node, None)))
             .field("subscribers", &Listed(&subscribers))
             .finish()
     }
 }
 
 /// One node of a dump.
-struct Dumped<'a>(&'a dyn Node);
+struct Dumped<'a>(&'a dyn Node, Option<VaRange>);
 
 impl fmt::Debug for Dumped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write_node(f, self.0)
+        write_node(f, self.0, self.1)
     }
 }
 
@@ -142,6 +149,8 @@ struct Listed<'a>(&'a [crate::subscriptions::Hit]);
 
 impl fmt::Debug for Listed<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.0.iter().map(|hit| Dumped(hit.node()))).finish()
+        f.debug_list()
+            .entries(self.0.iter().map(|hit| Dumped(hit.pin.as_ref(), Some(hit.range))))
+            .finish()
     }
 }

@@ -145,6 +145,7 @@ impl<T> Index<T> {
     }
 
     /// Returns the bytes of memory that the index has reserved on the heap.
+    #[cfg(test)]
     pub(crate) fn heap_bytes(&self) -> usize {
         self.chunks.iter().map(|chunk| chunk.capacity() * size_of::<Slot<T>>()).sum()
     }
@@ -233,6 +234,7 @@ impl<T> Index<T> {
     /// # Panics
     ///
     /// Where `key` names no entry.
+    #[cfg(test)]
     pub(crate) fn get(&self, key: Key) -> &T {
         self.slot(key.0).value()
     }

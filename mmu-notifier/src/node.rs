@@ -187,6 +187,12 @@ impl Core {
         before
     }
 
+    /// Takes `marks` back. The registry lock is held for writing.
+    pub(crate) fn unmark(&self, marks: u64) {
+        // Release: as in `mark`.
+        self.state.fetch_and(!marks, Ordering::Release);
+    }
+
     /// Counts an announcement that starts.
     #[inline]
     pub(crate) fn raise(&self, by: u64) {
@@ -503,5 +509,39 @@ impl<N: Notifier> Drop for Guard<'_, N> {
     fn drop(&mut self) {
         // Relaxed: see `Core::holder`.
         self.node.core.holder.store(0, Ordering::Relaxed);
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::{Subscriptions, VaRange};
+
+    struct Table(bool);
+
+    impl Notifier for Table {
+        type Fence = ();
+
+        fn invalidate(&mut self, _: &Event) {
+            self.0 = false;
+        }
+    }
+
+    /// Wherever the sequence starts, also where it wraps, read sections begin and collide as ever.
+    #[test]
+    fn e06_e08_the_first_sequence_does_not_matter() {
+        for first in [0, 1, 2, u64::MAX - 3, u64::MAX - 1, u64::MAX, 0x5555_5555_5555_5556] {
+            let space = Subscriptions::new();
+            let mirror = space.subscribe(VaRange::ALL, Table(false)).unwrap();
+            mirror.node().core.sequence.store(first, Ordering::Relaxed);
+            for _ in 0..10 {
+                let section = mirror.read_begin().unwrap();
+                let change = Event::new(EventKind::Clear, VaRange::ALL);
+                drop(space.invalidate_range_start(change));
+                assert!(section.check_retry());
+                assert!(section.commit().is_err(), "committed over an invalidation");
+                mirror.read_begin().unwrap().commit().unwrap().0 = true;
+            }
+        }
     }
 }

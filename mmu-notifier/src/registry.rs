@@ -65,8 +65,8 @@ pub(crate) struct Registry {
     pub(crate) phase: Phase,
     /// No announcement that began before the index was populated is still unrecorded.
     pub(crate) settled: bool,
-    /// The node that release has unlinked and not yet ended.
-    pub(crate) releasing: Option<Arc<dyn Node>>,
+    /// The node that release has unlinked and not yet ended, and its range.
+    pub(crate) releasing: Option<(VaRange, Arc<dyn Node>)>,
 }
 
 /// The registry under its lock.
@@ -179,8 +179,8 @@ impl ActiveList {
         entries.list.swap_remove(position);
     }
 
-    pub(crate) fn for_each(&self, mut f: impl FnMut(&Active)) {
-        self.lock().list.iter().for_each(|active| f(active));
+    pub(crate) fn for_each(&self, f: impl FnMut(&Active)) {
+        self.lock().list.iter().for_each(f);
     }
 
     /// Returns an announcement that concerns a subscription, if there is one that `f` accepts.

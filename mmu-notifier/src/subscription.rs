@@ -45,10 +45,8 @@ pub struct Subscription<N: Notifier> {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ending {
     Subscribed,
-    /// Out of the index: by us, or else by a release.
-    Unlinked {
-        by_us: bool,
-    },
+    /// Out of the index, by us and not by a release.
+    Unlinked,
     Over,
 }
 
@@ -160,26 +158,33 @@ impl<N: Notifier> Subscription<N> {
     fn finish(&mut self, deadline: Option<Instant>) -> Result<Option<N>, TimedOut> {
         let Handle { space, node } = &self.handle;
         let mut no_locks = NoLocks::at_entry();
-        if self.phase == Ending::Subscribed {
-            if let Some(pin) = space.pin_if_linked(&mut no_locks, &self.handle.weak()) {
-                if pin.core().mark(CLOSED) & CLOSED == 0 && !mutant!("unsubscribe_without_stop") {
-                    node.stop(&no_locks, None);
-                }
+        let core = node.core();
+        while self.phase == Ending::Subscribed {
+            if let Some(pin) = space.pin_if_linked(&mut no_locks, &self.handle.weak())
+                && pin.core().mark(CLOSED) & CLOSED == 0
+                && !mutant!("unsubscribe_without_stop")
+            {
+                node.stop(&no_locks, None);
             }
-            let by_us = space.unlink(&mut no_locks, node.as_ref());
-            self.phase = Ending::Unlinked { by_us };
-        }
-        let gate = &node.core().gate;
-        let notifier = if self.phase == (Ending::Unlinked { by_us: true }) {
-            gate.drain(deadline)?;
-            node.take()
-        } else {
+            if space.unlink(&mut no_locks, node.as_ref()) {
+                self.phase = Ending::Unlinked;
+                break;
+            }
+            // A release was first. It ends the notifier, or gives it up at a deadline.
             if !mutant!("unsubscribe_ignores_release") {
-                let _sleepers = gate.queue.wait_until(deadline, || node.core().has(ENDED))?;
+                let over = || core.has(ENDED) || !core.has(UNLINKED);
+                let _sleepers = core.gate.queue.wait_until(deadline, over)?;
             }
-            None
-        };
-        self.phase = Ending::Over;
+            if core.has(ENDED) || mutant!("unsubscribe_ignores_release") {
+                self.phase = Ending::Over;
+            }
+        }
+        let mut notifier = None;
+        if self.phase == Ending::Unlinked {
+            core.gate.drain(deadline)?;
+            notifier = node.take();
+            self.phase = Ending::Over;
+        }
         context::finish_deferred();
         Ok(notifier)
     }
@@ -244,6 +249,11 @@ impl<N: Notifier> Deref for Subscription<N> {
 impl<N: Notifier> Handle<N> {
     pub(crate) fn new(space: Arc<Subscriptions>, node: Arc<NodeOf<N>>) -> Handle<N> {
         Handle { space, node }
+    }
+
+    #[cfg(all(test, not(any(loom, shuttle))))]
+    pub(crate) fn node(&self) -> &NodeOf<N> {
+        &self.node
     }
 
     fn weak(&self) -> Weak<dyn Node> {
@@ -536,7 +546,7 @@ impl<N: Notifier> fmt::Debug for Subscription<N> {
 
 impl<N: Notifier> fmt::Debug for Handle<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        crate::diagnostics::write_node(f, self.node.as_ref())
+        crate::diagnostics::write_node(f, self.node.as_ref(), None)
     }
 }
 

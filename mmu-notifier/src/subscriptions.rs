@@ -16,7 +16,7 @@ use crate::index::{Growth, GrowthError, Index};
 use crate::node::{CLOSED, Node, NodeOf, Pending, Settings, UNLINKED, UNSETTLED};
 use crate::notifier::{Notifier, PairedNotifier, WouldBlock};
 use crate::primitive::{AtomicBool, Ordering, SHARDS, mutant, relaxed_if};
-use crate::registry::{Active, ActiveList, NoLocks, Phase, RegistryLock};
+use crate::registry::{Active, ActiveList, NoLocks, Phase, Registry, RegistryLock};
 use crate::subscription::{Handle, Subscription};
 
 /// Who must hear of the changes of one address space. There is one per address space, in an `Arc`.
@@ -95,14 +95,9 @@ const HITS: usize = 8;
 
 /// A subscriber that an announcement has to reach.
 pub(crate) struct Hit {
-    pin: Pin<dyn Node>,
+    pub(crate) range: VaRange,
+    pub(crate) pin: Pin<dyn Node>,
     pending: Pending,
-}
-
-impl Hit {
-    pub(crate) fn node(&self) -> &dyn Node {
-        self.pin.as_ref()
-    }
 }
 
 pub(crate) type Hits = SmallVec<[Hit; HITS]>;
@@ -191,7 +186,6 @@ impl SubscribeOptions {
 
 impl Subscriptions {
     /// Makes the address space's list of subscribers, with nobody on it.
-    #[expect(clippy::new_ret_no_self, reason = "it is only ever used through its Arc")]
     pub fn new() -> Arc<Subscriptions> {
         Subscriptions::with_limit(usize::MAX)
     }
@@ -408,6 +402,10 @@ impl Subscriptions {
     /// # Errors
     ///
     /// [`WouldBlock`]: the change must not be made.
+    ///
+    /// The end of an announcement, also of a refused one, takes the lock of each
+    /// [`PairedNotifier`](crate::PairedNotifier) that heard its start, and waits for an
+    /// [`Update`](crate::Update) of it that another thread holds.
     #[doc(alias = "mmu_notifier_invalidate_range_start_nonblock")]
     pub fn try_invalidate_range_start(
         &self,
@@ -598,12 +596,16 @@ impl Subscriptions {
             self.stop_all(&mut no_locks);
         }
         let result = self.end_all(&mut no_locks, deadline);
-        {
+        let given_up = {
             let mut registry = self.registry.write(&mut no_locks);
             registry.phase = match result {
                 Ok(()) => Phase::Dead,
                 Err(TimedOut) => Phase::Releasing { active: false, stopped: true },
             };
+            self.relink_given_up(&mut registry)
+        };
+        if let Some(node) = given_up {
+            node.core().gate.queue.wake_all();
         }
         self.released.wake_all();
         context::finish_deferred();
@@ -674,8 +676,8 @@ impl Subscriptions {
             } else {
                 node.release(no_locks);
             }
-            let done = self.registry.write(no_locks).releasing.take();
-            drop(done);
+            let ended = self.registry.write(no_locks).releasing.take();
+            drop(ended);
         }
         Ok(())
     }
@@ -685,12 +687,26 @@ impl Subscriptions {
         let mut registry = self.registry.write(no_locks);
         if registry.releasing.is_none() {
             let key = registry.index.first()?;
+            let range = registry.index.range(key);
             let node = registry.index.remove(key);
             node.core().mark(UNLINKED);
             self.note_population(registry.index.is_empty(), &mut registry.settled);
-            registry.releasing = Some(node);
+            registry.releasing = Some((range, node));
         }
-        registry.releasing.clone()
+        registry.releasing.as_ref().map(|(_, node)| Arc::clone(node))
+    }
+
+    /// Puts the node that a release was at when its deadline passed back into the index, so that its
+    /// owner can unsubscribe it although nobody calls release again.
+    fn relink_given_up(&self, registry: &mut Registry) -> Option<Arc<dyn Node>> {
+        let (range, node) = registry.releasing.take()?;
+        // Its slot is still free: nobody subscribes to an address space that dies.
+        let key = registry.index.insert(range, Arc::clone(&node));
+        node.core().set_key(key);
+        node.core().unmark(UNLINKED);
+        // Relaxed: as in `link_node`.
+        self.populated.store(true, Ordering::Relaxed);
+        Some(node)
     }
 
     /// Finds the subscription of an `N` that holds `address`, and returns a counted handle to it;
@@ -800,7 +816,8 @@ impl Subscriptions {
     pub(crate) fn dump(&self, no_locks: &mut NoLocks) -> (Phase, Hits, Option<Arc<dyn Node>>) {
         let hits = self.pin_all(no_locks);
         let registry = self.registry.read(no_locks);
-        (registry.phase, hits, registry.releasing.clone())
+        let releasing = registry.releasing.as_ref().map(|(_, node)| Arc::clone(node));
+        (registry.phase, hits, releasing)
     }
 
     /// Copies the announcements under way, as many as there were at first.
@@ -874,13 +891,13 @@ fn pin_overlapping(
     wanted: impl Fn(&dyn Node) -> bool,
 ) -> usize {
     let mut count = 0;
-    index.overlapping(range, |_, _, node| {
+    index.overlapping(range, |_, range, node| {
         if wanted(node.as_ref()) {
             count += 1;
             if hits.len() < hits.capacity() {
                 let gate = Arc::clone(&node.core().gate);
                 let pin = Pin::new(Arc::clone(node), gate);
-                hits.push(Hit { pin, pending: Pending::Over });
+                hits.push(Hit { range, pin, pending: Pending::Over });
             }
         }
     });
