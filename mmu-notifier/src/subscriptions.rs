@@ -384,10 +384,12 @@ impl Subscriptions {
     #[doc(alias = "mmu_notifier_invalidate_range_start")]
     #[inline]
     pub fn invalidate_range_start(&self, event: Event) -> RangeInvalidation<'_> {
-        match self.start(event.blockable(true)) {
-            Ok(guard) => guard,
+        let event = event.blockable(true);
+        let record = match self.start(&event) {
+            Ok(record) => record,
             Err(WouldBlock) => unreachable!("a blockable announcement is never refused"),
-        }
+        };
+        RangeInvalidation { space: self, event, record, on_this_thread: PhantomData }
     }
 
     /// Announces a change without sleeping, or refuses.
@@ -411,51 +413,39 @@ impl Subscriptions {
         &self,
         event: Event,
     ) -> Result<RangeInvalidation<'_>, WouldBlock> {
-        self.start(event.blockable(false))
+        let event = event.blockable(false);
+        let record = self.start(&event)?;
+        Ok(RangeInvalidation { space: self, event, record, on_this_thread: PhantomData })
     }
 
     #[inline]
-    fn start(&self, event: Event) -> Result<RangeInvalidation<'_>, WouldBlock> {
+    fn start(&self, event: &Event) -> Result<Record, WouldBlock> {
         context::forbid_announcement();
         let shard = context::shard();
         if self.start_unrecorded(shard) {
-            let record = Record::Unrecorded { shard };
-            return Ok(RangeInvalidation {
-                space: self,
-                event,
-                record,
-                on_this_thread: PhantomData,
-            });
+            return Ok(Record::Unrecorded { shard });
         }
         self.start_recorded(shard, event)
     }
 
-    fn start_recorded(
-        &self,
-        shard: usize,
-        event: Event,
-    ) -> Result<RangeInvalidation<'_>, WouldBlock> {
+    fn start_recorded(&self, shard: usize, event: &Event) -> Result<Record, WouldBlock> {
         let mut no_locks = NoLocks::at_entry();
         let (id, mut hits) = self.record(&mut no_locks, shard, event);
         #[cfg(mutant = "callback_under_the_registry_lock")]
         let registry = self.registry.read(&mut no_locks);
-        let (paired, refused) = deliver(&no_locks, &event, &mut hits);
+        let (paired, refused) = deliver(&no_locks, event, &mut hits);
         #[cfg(mutant = "callback_under_the_registry_lock")]
         drop(registry);
         // Leaves the gates: whoever unsubscribes need not wait for the change itself.
         drop(hits);
-        let record = Record::Recorded { shard, id, paired };
-        let guard = RangeInvalidation { space: self, event, record, on_this_thread: PhantomData };
         if refused {
-            if mutant!("refusal_leaves_the_range_changing") {
-                std::mem::forget(guard);
-            } else {
-                drop(guard);
+            if !mutant!("refusal_leaves_the_range_changing") {
+                self.end(shard, id, event, &paired);
             }
             return Err(WouldBlock);
         }
         context::finish_deferred();
-        Ok(guard)
+        Ok(Record::Recorded { shard, id, paired })
     }
 
     /// Counts an announcement that nobody is there to hear; the whole cost of an unused notifier.
@@ -484,7 +474,7 @@ impl Subscriptions {
 
     /// Records an announcement and pins everybody it concerns, in one step as seen by whoever
     /// changes the registry.
-    fn record(&self, no_locks: &mut NoLocks, shard: usize, event: Event) -> (u64, Hits) {
+    fn record(&self, no_locks: &mut NoLocks, shard: usize, event: &Event) -> (u64, Hits) {
         let mut hits = Hits::new();
         let active = &self.shards[shard].active;
         loop {
@@ -493,7 +483,7 @@ impl Subscriptions {
                 let wanted = pin_overlapping(&registry.index, event.range(), &mut hits, |node| {
                     !event.is_own_doing_of(node.core().owner)
                 });
-                let id = if wanted > hits.len() { None } else { active.push(event) };
+                let id = if wanted > hits.len() { None } else { active.push(*event) };
                 if let Some(id) = id {
                     for hit in &hits {
                         hit.pin.core().raise(1);
