@@ -74,7 +74,8 @@ fn number_thread() -> u64 {
 /// Returns the shard that the calling thread announces through.
 #[inline]
 pub(crate) fn shard() -> usize {
-    thread_number() as usize % SHARDS
+    const { assert!(SHARDS.is_power_of_two()) };
+    thread_number() as usize & (SHARDS - 1)
 }
 
 /// Tells whether the calling thread is inside a callback, where nothing may wait.

@@ -135,8 +135,8 @@ impl Gate {
     }
 }
 
-/// A counted reference to a `T`. Its drop gives up the `T` first and leaves the gate last, so who
-/// has drained the gate holds the only reference there is.
+/// A counted reference to a `T`. Its drop gives up the `T` first and leaves the gate last, so when
+/// the gate has been drained no pin refers to the `T` any more.
 pub(crate) struct Pin<T: ?Sized> {
     value: Option<Arc<T>>,
     gate: Arc<Gate>,

@@ -1,4 +1,6 @@
 #![doc = include_str!("../README.md")]
+//!
+//! The pages above are in [`guide`]; what does not compile, on purpose, is in [`guarantees`].
 #![forbid(unsafe_code)]
 
 mod context;

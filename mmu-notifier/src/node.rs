@@ -363,16 +363,20 @@ impl<N: Notifier> NodeOf<N> {
         let Some(notifier) = &mut guard.slot.notifier else {
             return Ok(Pending::Over);
         };
-        let fence = callback(CallbackKind::Invalidate, self.name(), || call(notifier))?;
+        let (fence, changed) = callback(CallbackKind::Invalidate, self.name(), || {
+            let fence = call(notifier)?;
+            let changed = fence.changed();
+            Ok((if fence.is_over() { None } else { Some(fence) }, changed))
+        })?;
         if !mutant!("no_bump") {
             guard.bump();
         }
         if let Some(counters) = &self.core.counters {
-            counters.delivered(fence.changed());
+            counters.delivered(changed);
         }
-        if fence.is_over() {
+        let Some(fence) = fence else {
             return Ok(Pending::Over);
-        }
+        };
         drop(guard);
         let mut fences = self.fences.lock().unwrap_or_else(|poison| poison.into_inner());
         if let Some(free) = fences.iter().position(Option::is_none) {

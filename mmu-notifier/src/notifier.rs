@@ -7,7 +7,8 @@ use crate::Event;
 ///
 /// [`Notifier::invalidate`] starts the device stopping and returns at once with a fence; when every
 /// subscriber has been told, the announcer waits for all fences in the order of the calls, so
-/// several devices stop in parallel. Each fence that was returned is waited for exactly once.
+/// several devices stop in parallel. Each fence that was returned is waited for exactly once, or
+/// dropped at once if it says that it is over.
 ///
 /// `()` is over from the start. `None` of an `Option<F>` is over too, and says that the event
 /// changed nothing on the device, which diagnostics count as a false invalidation.

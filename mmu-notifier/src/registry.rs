@@ -11,7 +11,7 @@
 //! for memory nor given any: in a process whose `munmap` is announced, `free` may be an
 //! announcement. The first is a compile error by [`NoLocks`]; the last is a test.
 //!
-//! # Invariants, whenever nobody holds the lock for writing
+//! # Invariants, whenever nobody holds the lock
 //!
 //! 1. A node is in the index if and only if [`UNLINKED`](crate::node::UNLINKED) is not set.
 //! 2. A linked node's count of announcements is the number of recorded announcements that concern

@@ -199,7 +199,7 @@ impl<N: Notifier> Subscription<N> {
     ///
     /// # Errors
     ///
-    /// [`Released`]: the address space dies; there is nothing to change any more.
+    /// [`Released`]: the address space has ended the subscription.
     ///
     /// # Panics
     ///
@@ -325,24 +325,29 @@ impl<N: Notifier> Handle<N> {
             return Err(SelfWait.into());
         }
         let mut no_locks = NoLocks::at_entry();
+        let since = core.counters.as_ref().map(|_| Instant::now());
+        let mut cause = None;
+        let mut waited = Ok(());
         if core.has(UNSETTLED) {
             if context::holds_unrecorded(self.space.address()) {
                 return Err(SelfWait.into());
             }
-            self.space.settle(&mut no_locks, self.node.as_ref(), deadline)?;
+            waited = self.space.settle(&mut no_locks, self.node.as_ref(), deadline);
         }
-        if core.has(COUNT) {
-            let cause = self.find_cause(&mut no_locks)?;
-            let asleep_since = core.counters.as_ref().map(|_| Instant::now());
-            let waited = core.wait_for_announcements(deadline);
-            if let (Some(counters), Some(since)) = (&core.counters, asleep_since) {
-                counters.waited(since.elapsed(), cause);
-            }
-            waited?;
+        if waited.is_ok() && core.has(COUNT) {
+            cause = self.find_cause(&mut no_locks)?;
+            waited = core.wait_for_announcements(deadline);
         }
+        if let (Some(counters), Some(since)) = (&core.counters, since) {
+            counters.waited(since.elapsed(), cause);
+        }
+        waited?;
         match core.try_begin() {
             Begin::At(sequence) => Ok((sequence, false)),
             Begin::Blocked if core.has(CLOSED) => Err(Released.into()),
+            Begin::Blocked if deadline.is_some_and(|deadline| deadline <= Instant::now()) => {
+                Err(TimedOut.into())
+            }
             Begin::Blocked => Ok((0, true)),
         }
     }
@@ -387,7 +392,8 @@ impl<N: Notifier> Handle<N> {
     /// Looks at the notifier, under its lock.
     ///
     /// Translations seen this way are as good as the last commit and every invalidation since have
-    /// left them; none can be added but by a read section (acceptance E23). `f` must not change the
+    /// left them; a notifier without interior mutability gets none but by a read section
+    /// (acceptance E23). `f` must not change the
     /// address space, nor wait for anybody who does.
     ///
     /// # Errors
@@ -515,7 +521,6 @@ impl<N: Notifier> DerefMut for Update<'_, N> {
 /// The release of the address space, and the end of the subscription, wait for it.
 #[must_use = "the operation ends when this is dropped"]
 pub struct Operation<N: Notifier> {
-    // Declared, and so dropped, after nothing that needs it: the pin goes first.
     pin: Pin<NodeOf<N>>,
     space: Arc<Subscriptions>,
 }

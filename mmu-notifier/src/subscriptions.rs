@@ -13,7 +13,7 @@ use crate::context;
 use crate::event::{Class, Event, EventKind, Owner};
 use crate::gate::{Gate, Pin, TimedOut, WaitQueue};
 use crate::index::{Growth, GrowthError, Index};
-use crate::node::{CLOSED, Node, NodeOf, Pending, Settings, UNLINKED, UNSETTLED};
+use crate::node::{CLOSED, Core, Node, NodeOf, Pending, Settings, UNLINKED, UNSETTLED};
 use crate::notifier::{Notifier, PairedNotifier, WouldBlock};
 use crate::primitive::{AtomicBool, Ordering, SHARDS, mutant, relaxed_if};
 use crate::registry::{Active, ActiveList, NoLocks, Phase, Registry, RegistryLock};
@@ -114,7 +114,8 @@ pub enum SubscribeError {
     /// The address space dies or has died.
     #[error("the address space has been released")]
     Released,
-    /// The limit of [`Subscriptions::with_limit`] is reached.
+    /// The limit of [`Subscriptions::with_limit`] is reached, or that of any address space: 2^32 - 64
+    /// subscriptions.
     #[error("the address space already has as many subscriptions as its limit allows")]
     Limit,
     /// There is no memory for another entry.
@@ -313,10 +314,8 @@ impl Subscriptions {
                 }
                 if !registry.index.is_full() {
                     let core = node.core();
-                    let under_way =
-                        self.count_active(|active| active.event.concerns(range, core.owner));
                     if !mutant!("insert_without_count") {
-                        core.raise(under_way);
+                        core.raise(self.count_concerning(range, core));
                     }
                     if !registry.settled {
                         core.mark(UNSETTLED);
@@ -680,6 +679,8 @@ impl Subscriptions {
             let range = registry.index.range(key);
             let node = registry.index.remove(key);
             node.core().mark(UNLINKED);
+            // An unlinked node counts no announcements: their ends will not find it.
+            node.core().lower(self.count_concerning(range, node.core()));
             self.note_population(registry.index.is_empty(), &mut registry.settled);
             registry.releasing = Some((range, node));
         }
@@ -689,10 +690,16 @@ impl Subscriptions {
     /// Puts the node that a release was at when its deadline passed back into the index, so that its
     /// owner can unsubscribe it although nobody calls release again.
     fn relink_given_up(&self, registry: &mut Registry) -> Option<Arc<dyn Node>> {
+        if mutant!("release_gives_up_for_good") {
+            return None;
+        }
         let (range, node) = registry.releasing.take()?;
         // Its slot is still free: nobody subscribes to an address space that dies.
         let key = registry.index.insert(range, Arc::clone(&node));
         node.core().set_key(key);
+        if !mutant!("relink_without_count") {
+            node.core().raise(self.count_concerning(range, node.core()));
+        }
         node.core().unmark(UNLINKED);
         // Relaxed: as in `link_node`.
         self.populated.store(true, Ordering::Relaxed);
@@ -776,15 +783,18 @@ impl Subscriptions {
             return true;
         }
         // The caller has raised the count, so it does not reach zero here.
-        core.raise(self.count_active(|active| active.event.concerns(new, core.owner)));
-        core.lower(self.count_active(|active| active.event.concerns(old, core.owner)));
+        core.raise(self.count_concerning(new, core));
+        core.lower(self.count_concerning(old, core));
         true
     }
 
-    /// Counts recorded announcements. The registry lock is held for writing, so none comes or goes.
-    fn count_active(&self, mut f: impl FnMut(&Active) -> bool) -> u64 {
+    /// Counts the recorded announcements that concern a node at `range`. The registry lock is held
+    /// for writing, so none comes or goes.
+    fn count_concerning(&self, range: VaRange, core: &Core) -> u64 {
         let mut count = 0;
-        self.for_each_active(|active| count += u64::from(f(active)));
+        self.for_each_active(|active| {
+            count += u64::from(active.event.concerns(range, core.owner));
+        });
         count
     }
 

@@ -576,6 +576,50 @@ fn read_section_against_release() {
     });
 }
 
+/// A release that runs into its deadline, while another thread announces, leaves the subscription to
+/// its owner, who ends it although nobody calls release again; and it can be called again.
+#[test]
+fn release_given_up_at_its_deadline() {
+    model(|| {
+        let space = Subscriptions::new();
+        let mirror = space.subscribe(page(0), Table::default()).unwrap();
+        let operation = mirror.begin_operation().unwrap();
+        let changer = {
+            let space = Arc::clone(&space);
+            thread::spawn(move || drop(space.invalidate_range_start(unmap(page(0)))))
+        };
+        assert!(space.release_deadline(std::time::Instant::now()).is_err());
+        drop(operation);
+        assert!(mirror.read_begin().is_err(), "a device goes on in a dying address space");
+        assert!(mirror.unsubscribe().is_some(), "nobody has released it");
+        changer.join().unwrap();
+        space.release();
+        assert_eq!(space.live(), 0);
+    });
+}
+
+/// The owner of a subscription waits for a release that is given up, and takes over.
+#[test]
+fn unsubscribe_against_a_release_that_is_given_up() {
+    model(|| {
+        let space = Subscriptions::new();
+        let mirror = space.subscribe(page(0), Table::default()).unwrap();
+        let operation = mirror.begin_operation().unwrap();
+        let exit = {
+            let space = Arc::clone(&space);
+            thread::spawn(move || {
+                let given_up = space.release_deadline(std::time::Instant::now()).is_err();
+                drop(operation);
+                given_up
+            })
+        };
+        // Release cannot end it while the operation lives, so it is handed back.
+        assert!(mirror.unsubscribe().is_some());
+        exit.join().unwrap();
+        assert_eq!(space.live(), 0);
+    });
+}
+
 /// Two devices, one of which must not be ended before both have been told to stop.
 struct Stopped {
     mine: Arc<AtomicBool>,

@@ -23,9 +23,9 @@ use mmu_notifier::{
 /// How long anything may take that is to happen.
 const SOON: Duration = Duration::from_secs(10);
 /// How long a whole test may take. Longer than any of its waits, so those are reported first.
-const WHOLE_TEST: Duration = Duration::from_secs(60);
+const WHOLE_TEST: Duration = Duration::from_secs(40);
 /// How long it is watched that something does not happen.
-const A_WHILE: Duration = Duration::from_millis(50);
+pub(crate) const A_WHILE: Duration = Duration::from_millis(50);
 
 /// A deadline that is only reached when something is broken.
 pub(crate) fn soon() -> Instant {
