@@ -33,13 +33,21 @@ use crate::primitive::{Mutex, RegistryRwLock};
 ///
 /// A registry guard borrows it for as long as it lives, and everything that calls out demands it,
 /// so a callback under the registry lock does not compile (acceptance D01). One is made on entry to
-/// the crate, and only there.
+/// the crate, and only there; when it goes, on whatever way out, what the thread dropped inside the
+/// callbacks of this entry is ended.
 pub(crate) struct NoLocks(PhantomData<()>);
 
 impl NoLocks {
     pub(crate) fn at_entry() -> NoLocks {
         debug_assert!(!context::holds_registry_lock(), "the registry lock is never held on entry");
         NoLocks(PhantomData)
+    }
+}
+
+impl Drop for NoLocks {
+    #[inline]
+    fn drop(&mut self) {
+        context::finish_deferred();
     }
 }
 

@@ -185,7 +185,6 @@ impl<N: Notifier> Subscription<N> {
             notifier = node.take();
             self.phase = Ending::Over;
         }
-        context::finish_deferred();
         Ok(notifier)
     }
 
@@ -219,7 +218,6 @@ impl<N: Notifier> Subscription<N> {
         let linked = space.relink(&mut no_locks, node.as_ref(), old, range);
         node.core().lower(1);
         drop(pin);
-        context::finish_deferred();
         if linked { Ok(()) } else { Err(Released) }
     }
 }

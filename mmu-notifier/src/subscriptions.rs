@@ -443,7 +443,6 @@ impl Subscriptions {
             }
             return Err(WouldBlock);
         }
-        context::finish_deferred();
         Ok(Record::Recorded { shard, id, paired })
     }
 
@@ -514,7 +513,6 @@ impl Subscriptions {
                 }
             });
         }
-        context::finish_deferred();
     }
 
     /// Pins a node unless it has been unsubscribed or released.
@@ -597,7 +595,6 @@ impl Subscriptions {
             node.core().gate.queue.wake_all();
         }
         self.released.wake_all();
-        context::finish_deferred();
         result
     }
 
