@@ -117,7 +117,7 @@ impl<D> DeviceHandle<D> {
             "mmu-notifier: unregistering a device from inside a callback would wait for itself"
         );
         match self.gate.drain(Some(deadline)) {
-            Ok(()) => Ok(self.into_device()),
+            Ok(_) => Ok(self.into_device()),
             Err(TimedOut) => Err(Busy { references: self.gate.count(), handle: self }),
         }
     }

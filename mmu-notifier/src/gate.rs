@@ -33,19 +33,28 @@ pub(crate) struct WaitQueue {
     condvar: Condvar,
 }
 
+/// A wait that is over.
+pub(crate) struct Waited<'a> {
+    /// How many others sleep in the queue.
+    pub(crate) sleepers: MutexGuard<'a, u32>,
+    /// It took a sleep.
+    pub(crate) slept: bool,
+}
+
 impl WaitQueue {
     pub(crate) fn new() -> WaitQueue {
         WaitQueue { sleepers: Mutex::new(0), condvar: Condvar::new() }
     }
 
     /// Sleeps until `over` says so; it is asked under the queue's lock, first at once and then
-    /// after each wake-up. Returns how many others sleep here, with the lock still held, so that a
-    /// "somebody waits" mark can be taken back when nobody does.
+    /// after each wake-up. Returns with the lock still held, so that a "somebody waits" mark can be
+    /// taken back when nobody does.
     pub(crate) fn wait_until(
         &self,
         deadline: Option<Instant>,
         mut over: impl FnMut() -> bool,
-    ) -> Result<MutexGuard<'_, u32>, TimedOut> {
+    ) -> Result<Waited<'_>, TimedOut> {
+        let mut slept = false;
         let mut sleepers = self.sleepers.lock().unwrap_or_else(|poison| poison.into_inner());
         while !over() {
             let left = match deadline {
@@ -55,6 +64,7 @@ impl WaitQueue {
                     _ => return Err(TimedOut),
                 },
             };
+            slept = true;
             *sleepers += 1;
             sleepers = match left {
                 None => self.condvar.wait(sleepers).unwrap_or_else(|poison| poison.into_inner()),
@@ -65,7 +75,7 @@ impl WaitQueue {
             };
             *sleepers -= 1;
         }
-        Ok(sleepers)
+        Ok(Waited { sleepers, slept })
     }
 
     /// Wakes every sleeper, to ask again whether its wait is over. No system call if none sleeps.
@@ -115,23 +125,23 @@ impl Gate {
         self.state.load(Ordering::Acquire) & !WAITING
     }
 
-    /// Waits until nobody was inside at one instant after the call.
-    pub(crate) fn drain(&self, deadline: Option<Instant>) -> Result<(), TimedOut> {
+    /// Waits until nobody was inside at one instant after the call. Says whether that took a sleep.
+    pub(crate) fn drain(&self, deadline: Option<Instant>) -> Result<bool, TimedOut> {
         if mutant!("no_drain") {
-            return Ok(());
+            return Ok(false);
         }
-        let sleepers = self.queue.wait_until(deadline, || {
+        let waited = self.queue.wait_until(deadline, || {
             // AcqRel: the Acquire pairs with the Release in `leave`, the Release with the Acquire
             // in `enter`.
             let both = relaxed_if(mutant!("relaxed_drain"), Ordering::AcqRel);
             self.state.fetch_or(WAITING, both) & !WAITING == 0
         })?;
-        if *sleepers == 0 {
+        if *waited.sleepers == 0 {
             // The mark is only ever set under the queue's lock, which we hold: nobody's is lost.
             // Relaxed: what had to be seen was seen above.
             self.state.fetch_and(!WAITING, Ordering::Relaxed);
         }
-        Ok(())
+        Ok(waited.slept)
     }
 }
 

@@ -6,7 +6,8 @@
 //! notifier's lock only.
 //!
 //! `state` is a count of the announcements under way that concern the subscription, and the marks
-//! below. A read section may begin when it is zero: that is one load.
+//! below. A read section may begin when it is zero, but for the mark of other readers: that is one
+//! load.
 //!
 //! # Why a read section is sound
 //!
@@ -235,33 +236,39 @@ impl Core {
         // Acquire: pairs with the Release in `lower`, in `mark`, and where `settle` takes a mark back.
         let acquire = relaxed_if(mutant!("relaxed_begin_state"), Ordering::Acquire);
         let state = self.state.load(acquire);
-        if state == 0 || (mutant!("begin_ignores_changes_under_way") && state & CLOSED == 0) {
-            Begin::At(sequence)
-        } else {
-            Begin::Blocked
+        // A reader that gave up may have left its mark, which is of no account here.
+        let mut blocking = !WAITERS;
+        if mutant!("begin_ignores_changes_under_way") {
+            blocking = CLOSED;
+        } else if mutant!("begin_heeds_readers") {
+            blocking = u64::MAX;
         }
+        if state & blocking == 0 { Begin::At(sequence) } else { Begin::Blocked }
     }
 
     /// Sleeps until the announcements under way are over, or the subscription is closed; at most
     /// one sleep, so that new announcements cannot hold a reader for ever (acceptance E10). It may
-    /// come back too early, never too late.
-    pub(crate) fn wait_for_announcements(&self, deadline: Option<Instant>) -> Result<(), TimedOut> {
+    /// come back too early, never too late. Says whether it slept.
+    pub(crate) fn wait_for_announcements(
+        &self,
+        deadline: Option<Instant>,
+    ) -> Result<bool, TimedOut> {
         if mutant!("no_wait_in_read_begin") {
-            return Ok(());
+            return Ok(false);
         }
         let mut slept = false;
-        let sleepers = self.gate.queue.wait_until(deadline, || {
+        let waited = self.gate.queue.wait_until(deadline, || {
             // Relaxed: the mark is seen by `lower`'s read-modify-write of the same word, and the
             // caller looks at the state again by `try_begin`.
             let state = self.state.fetch_or(WAITERS, Ordering::Relaxed);
             state & COUNT == 0 || state & CLOSED != 0 || std::mem::replace(&mut slept, true)
         })?;
-        if *sleepers == 0 {
+        if *waited.sleepers == 0 {
             // The mark is only set under the queue's lock, which we hold: nobody's is lost.
             // Relaxed: guards nothing.
             self.state.fetch_and(!WAITERS, Ordering::Relaxed);
         }
-        Ok(())
+        Ok(waited.slept)
     }
 
     /// Returns the thread that is inside the notifier's lock, if any.

@@ -49,13 +49,9 @@ pub(crate) const SHARDS: usize = if cfg!(any(loom, shuttle)) { 1 } else { 8 };
 /// Each place is one row of `tests/mutants.txt`, with the model that must fail when it is broken.
 /// Only loom builds know mutants; everywhere else this is `false` at compile time.
 macro_rules! mutant {
-    ($name:literal) => {{
-        #[cfg(loom)]
-        let chosen = $crate::primitive::mutant_is($name);
-        #[cfg(not(loom))]
-        let chosen = false;
-        chosen
-    }};
+    ($name:literal) => {
+        $crate::primitive::mutant_is($name)
+    };
 }
 pub(crate) use mutant;
 
@@ -71,6 +67,12 @@ pub(crate) fn relaxed_if(broken: bool, ordering: Ordering) -> Ordering {
 pub(crate) fn preemption_point() {
     #[cfg(loom)]
     loom::thread::yield_now();
+}
+
+#[cfg(not(loom))]
+#[inline(always)]
+pub(crate) fn mutant_is(_: &str) -> bool {
+    false
 }
 
 #[cfg(loom)]

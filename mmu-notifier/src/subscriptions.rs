@@ -77,6 +77,8 @@ pub struct Subscriptions {
     /// held for writing.
     populated: AtomicBool,
     shards: [CachePadded<Shard>; SHARDS],
+    /// The operations under way in this address space.
+    pub(crate) operations: Gate,
     /// Those who wait for the end of a release that another thread is at.
     released: WaitQueue,
     limit: usize,
@@ -199,6 +201,7 @@ impl Subscriptions {
             registry: RegistryLock::new(),
             populated: AtomicBool::new(false),
             shards: std::array::from_fn(shard),
+            operations: Gate::new(),
             released: WaitQueue::new(),
             limit,
             live: Arc::new(()),
@@ -432,12 +435,16 @@ impl Subscriptions {
         let (id, mut hits) = self.record(&mut no_locks, shard, event);
         #[cfg(mutant = "callback_under_the_registry_lock")]
         let registry = self.registry.read(&mut no_locks);
-        let (paired, refused) = deliver(&no_locks, event, &mut hits);
+        let mut paired = Paired::new();
+        let refused = deliver(&no_locks, event, &mut hits, Some(&mut paired));
         #[cfg(mutant = "callback_under_the_registry_lock")]
         drop(registry);
         // Leaves the gates: whoever unsubscribes need not wait for the change itself.
         drop(hits);
         if refused {
+            if mutant!("refusal_without_ends") {
+                paired.clear();
+            }
             if !mutant!("refusal_leaves_the_range_changing") {
                 self.end(shard, id, event, &paired);
             }
@@ -606,7 +613,7 @@ impl Subscriptions {
         deadline: Option<Instant>,
     ) -> Result<Option<bool>, TimedOut> {
         let mut mine = None;
-        let _sleepers = self.released.wait_until(deadline, || {
+        let _waited = self.released.wait_until(deadline, || {
             let mut registry = self.registry.write(no_locks);
             let (over, next) = match registry.phase {
                 Phase::Dead => (true, Phase::Dead),
@@ -633,7 +640,7 @@ impl Subscriptions {
         for hit in &hits {
             hit.pin.core().mark(CLOSED);
         }
-        let _ = deliver(no_locks, &event, &mut hits);
+        deliver(no_locks, &event, &mut hits, None);
     }
 
     /// Pins every subscription there is.
@@ -664,6 +671,10 @@ impl Subscriptions {
             }
             let ended = self.registry.write(no_locks).releasing.take();
             drop(ended);
+        }
+        // Those of subscriptions that their owners have unlinked and not yet drained.
+        if !mutant!("release_ignores_leavers") {
+            self.operations.drain(deadline)?;
         }
         Ok(())
     }
@@ -734,7 +745,7 @@ impl Subscriptions {
     }
 
     /// Waits until no announcement is under way that began before anybody was subscribed and so was
-    /// not recorded, on behalf of `node`.
+    /// not recorded, on behalf of `node`. Says whether that took a sleep.
     ///
     /// `populated` was set when `node` was linked. An announcer that has not seen that entered its
     /// gate before we look, so we find it there; one that enters after we looked sees it.
@@ -743,10 +754,11 @@ impl Subscriptions {
         no_locks: &mut NoLocks,
         node: &dyn Node,
         deadline: Option<Instant>,
-    ) -> Result<(), TimedOut> {
+    ) -> Result<bool, TimedOut> {
+        let mut slept = false;
         if !mutant!("no_settle") {
             for shard in &self.shards {
-                shard.unrecorded.drain(deadline)?;
+                slept |= shard.unrecorded.drain(deadline)?;
             }
         }
         let mut registry = self.registry.write(no_locks);
@@ -758,7 +770,7 @@ impl Subscriptions {
         // what the drained announcements changed, which `drain` acquired.
         let release = relaxed_if(mutant!("relaxed_settle"), Ordering::Release);
         node.core().state.fetch_and(!UNSETTLED, release);
-        Ok(())
+        Ok(slept)
     }
 
     /// Moves `node` to another range, so that each event finds it at the one or at the other, and
@@ -842,12 +854,16 @@ impl Subscriptions {
 }
 
 /// Tells every one of `hits` of `event`, in the order of their classes, and waits for the fences.
-/// Returns those who are to hear of the end, and whether somebody refused.
-fn deliver(no_locks: &NoLocks, event: &Event, hits: &mut Hits) -> (Paired, bool) {
+/// Collects those who are to hear of the end, and returns whether somebody refused.
+fn deliver(
+    no_locks: &NoLocks,
+    event: &Event,
+    hits: &mut Hits,
+    mut paired: Option<&mut Paired>,
+) -> bool {
     if hits.iter().any(|hit| hit.pin.core().class != Class::default()) {
         hits.sort_by_key(|hit| hit.pin.core().class);
     }
-    let mut paired = Paired::new();
     let mut refused = false;
     for hit in hits.iter_mut() {
         let core = hit.pin.core();
@@ -865,7 +881,9 @@ fn deliver(no_locks: &NoLocks, event: &Event, hits: &mut Hits) -> (Paired, bool)
                 }
             }
         }
-        if core.paired {
+        if core.paired
+            && let Some(paired) = &mut paired
+        {
             paired.push(Arc::downgrade(&hit.pin));
         }
     }
@@ -873,10 +891,7 @@ fn deliver(no_locks: &NoLocks, event: &Event, hits: &mut Hits) -> (Paired, bool)
         let pending = std::mem::replace(&mut hit.pending, Pending::Over);
         hit.pin.finish(no_locks, pending);
     }
-    if refused && mutant!("refusal_without_ends") {
-        paired.clear();
-    }
-    (paired, refused)
+    refused
 }
 
 /// Pins the nodes that overlap `range` and that `wanted` accepts, as far as `hits` has room without

@@ -395,6 +395,80 @@ fn unsubscribe_stops_the_device() {
     });
 }
 
+/// A flag that one thread raises and another waits for.
+#[derive(Default)]
+struct Flag(loom::sync::Mutex<bool>, loom::sync::Condvar);
+
+impl Flag {
+    fn raise(&self) {
+        *self.0.lock().unwrap() = true;
+        self.1.notify_all();
+    }
+
+    fn wait(&self) {
+        let mut raised = self.0.lock().unwrap();
+        while !*raised {
+            raised = self.1.wait(raised).unwrap();
+        }
+    }
+}
+
+/// A device that takes its time to stop.
+struct Held {
+    inside: Arc<Flag>,
+    go_on: Arc<Flag>,
+}
+
+impl Notifier for Held {
+    type Fence = ();
+
+    fn invalidate(&mut self, _: &Event) {
+        self.inside.raise();
+        self.go_on.wait();
+    }
+}
+
+/// A change that comes while a release is busy with another device, and the owner of this one has
+/// unsubscribed it and is not through, finds this device stopped.
+#[test]
+fn change_against_unsubscribe_under_a_release() {
+    model(|| {
+        let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
+        let (inside, go_on) = (Arc::new(Flag::default()), Arc::new(Flag::default()));
+        let held = Held { inside: Arc::clone(&inside), go_on: Arc::clone(&go_on) };
+        let held = space.subscribe(page(0), held).unwrap();
+        let mirror = space.subscribe(page(1), Table::default()).unwrap();
+        assert!(fault(&cpu, &mirror, 1));
+        let handle = mirror.clone();
+        let exit = {
+            let space = Arc::clone(&space);
+            thread::spawn(move || space.release())
+        };
+        inside.wait();
+        let unfinished = mirror.unsubscribe_deadline(std::time::Instant::now());
+        change(&space, &cpu, &handle, 1, 1);
+        go_on.raise();
+        exit.join().unwrap();
+        drop((unfinished, held));
+    });
+}
+
+/// A reader that gives up at its deadline leaves nothing behind that holds up the next one (E10).
+#[test]
+fn reader_gives_up_at_its_deadline() {
+    model(|| {
+        let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
+        let mirror = space.subscribe(page(0), Table::default()).unwrap();
+        let changer = {
+            let (space, cpu, mirror) = (Arc::clone(&space), Arc::clone(&cpu), mirror.clone());
+            thread::spawn(move || change(&space, &cpu, &mirror, 0, 1))
+        };
+        let _ = mirror.read_begin_deadline(std::time::Instant::now());
+        changer.join().unwrap();
+        assert!(fault(&cpu, &mirror, 0), "nothing is under way");
+    });
+}
+
 /// A mirror in the sense of seed 001: it refers to its device, and touches it when it is released.
 struct Mirror {
     device: DeviceRef<Freed>,
@@ -482,7 +556,7 @@ fn seed_001_device_busy_until_the_last_reference() {
 
 /// A driver as in seed 003: its release waits until its fault worker is idle.
 struct Draining {
-    idle: Arc<(loom::sync::Mutex<bool>, loom::sync::Condvar)>,
+    idle: Arc<Flag>,
 }
 
 impl Notifier for Draining {
@@ -491,10 +565,7 @@ impl Notifier for Draining {
     fn invalidate(&mut self, _: &Event) {}
 
     fn release(self) {
-        let mut idle = self.idle.0.lock().unwrap();
-        while !*idle {
-            idle = self.idle.1.wait(idle).unwrap();
-        }
+        self.idle.wait();
     }
 }
 
@@ -504,15 +575,14 @@ impl Notifier for Draining {
 fn seed_003_release_drains_a_migration_in_flight() {
     model(|| {
         let space = Subscriptions::new();
-        let idle = Arc::new((loom::sync::Mutex::new(false), loom::sync::Condvar::new()));
+        let idle = Arc::new(Flag::default());
         let mirror = space.subscribe(page(0), Draining { idle: Arc::clone(&idle) }).unwrap();
         let worker = {
             let (space, idle) = (Arc::clone(&space), Arc::clone(&idle));
             thread::spawn(move || {
                 let migrate = Event::new(EventKind::Migrate, page(0));
                 drop(space.invalidate_range_start(migrate));
-                *idle.0.lock().unwrap() = true;
-                idle.1.notify_all();
+                idle.raise();
             })
         };
         space.release();
@@ -545,6 +615,28 @@ fn seed_003_release_waits_for_an_operation() {
         cpu.0.store(true, SeqCst);
         worker.join().unwrap();
         drop(mirror);
+    });
+}
+
+/// Release waits for an operation also where the subscription is on its way out (D02).
+#[test]
+fn release_waits_for_an_operation_of_a_leaver() {
+    model(|| {
+        let (space, cpu) = (Subscriptions::new(), Arc::new(Freed::default()));
+        let mirror = space.subscribe(page(0), Table::default()).unwrap();
+        let operation = mirror.begin_operation().unwrap();
+        let owner = thread::spawn(move || drop(mirror.unsubscribe()));
+        let worker = {
+            let cpu = Arc::clone(&cpu);
+            thread::spawn(move || {
+                cpu.touch();
+                drop(operation);
+            })
+        };
+        space.release();
+        cpu.0.store(true, SeqCst);
+        owner.join().unwrap();
+        worker.join().unwrap();
     });
 }
 

