@@ -37,8 +37,10 @@ const_thread_local! {
 }
 
 /// Something dropped inside a callback, whose end waits until the thread has left its callbacks.
-pub(crate) trait Deferred {}
-impl<T> Deferred for T {}
+pub(crate) trait Deferred {
+    /// Ends it, waiting for nobody who may wait for this thread.
+    fn end(self: Box<Self>);
+}
 
 /// Which callback a thread is in.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -189,13 +191,13 @@ pub(crate) fn holds_unrecorded(space: usize) -> bool {
     CONTEXT.with(|context| context.unrecorded.iter().any(|entry| entry.get() == space))
 }
 
-/// Keeps `value` until [`finish_deferred`] drops it.
+/// Keeps `value` until [`finish_deferred`] ends it.
 pub(crate) fn defer(value: Box<dyn Deferred>) {
     DEFERRED.with(|deferred| deferred.borrow_mut().push(value));
     CONTEXT.with(|context| context.deferred.set(context.deferred.get() + 1));
 }
 
-/// Drops what the calling thread dropped inside callbacks, now that it has left them.
+/// Ends what the calling thread dropped inside callbacks, now that it has left them.
 #[inline]
 pub(crate) fn finish_deferred() {
     if CONTEXT.with(|context| context.deferred.get() > 0 && context.callbacks.get() == 0) {
@@ -207,7 +209,7 @@ pub(crate) fn finish_deferred() {
 fn finish_all_deferred() {
     CONTEXT.with(|context| context.deferred.set(0));
     let values = DEFERRED.with(|deferred| std::mem::take(&mut *deferred.borrow_mut()));
-    drop(values);
+    values.into_iter().for_each(|value| value.end());
 }
 
 /// Ends the process: going on would break an invariant that memory safety of a device rests on.

@@ -87,7 +87,7 @@ impl Event {
     ///
     /// Subscriptions of the same owner do not hear of [`EventKind::Migrate`] and
     /// [`EventKind::Exclusive`], and their read sections go on; every other kind reaches them as it
-    /// reaches all (acceptance X07).
+    /// reaches all (acceptance X07). An announcement made while nobody is subscribed has no owner.
     #[must_use]
     pub const fn owned_by(self, owner: Owner) -> Event {
         Event { owner: Some(owner), ..self }
@@ -108,8 +108,8 @@ impl Event {
         self.owner
     }
 
-    /// Tells whether the subscriber may sleep. `false` exactly inside
-    /// [`try_invalidate`](crate::Notifier::try_invalidate).
+    /// Tells whether the subscriber may sleep. `false` in
+    /// [`try_invalidate`](crate::Notifier::try_invalidate), and for the end of such an event.
     pub const fn is_blockable(&self) -> bool {
         self.blockable
     }

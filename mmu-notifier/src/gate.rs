@@ -13,14 +13,18 @@
 //! queue's lock and wakes. Both act on one word, so one comes first: either the waiter sees zero, or
 //! the leaver sees the bit and finds the waiter asleep. Nobody waiting, no wake-up.
 
+use std::ops::DerefMut;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::primitive::{
-    AtomicU64, Condvar, Mutex, MutexGuard, Ordering, mutant, preemption_point, relaxed_if,
-};
+use crate::primitive::{AtomicU64, Condvar, Mutex, Ordering, mutant, preemption_point, relaxed_if};
 
+/// Somebody waits for the count to be zero.
 const WAITING: u64 = 1 << 63;
+/// Whoever leaves last ends what was abandoned.
+const ORPHANED: u64 = 1 << 62;
+/// How many are inside.
+const COUNT: u64 = ORPHANED - 1;
 
 /// A wait that ended because its deadline passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -33,27 +37,22 @@ pub(crate) struct WaitQueue {
     condvar: Condvar,
 }
 
-/// A wait that is over.
-pub(crate) struct Waited<'a> {
-    /// How many others sleep in the queue.
-    pub(crate) sleepers: MutexGuard<'a, u32>,
-    /// It took a sleep.
-    pub(crate) slept: bool,
-}
-
 impl WaitQueue {
     pub(crate) fn new() -> WaitQueue {
         WaitQueue { sleepers: Mutex::new(0), condvar: Condvar::new() }
     }
 
     /// Sleeps until `over` says so; it is asked under the queue's lock, first at once and then
-    /// after each wake-up. Returns with the lock still held, so that a "somebody waits" mark can be
-    /// taken back when nobody does.
+    /// after each wake-up. Says whether it slept.
+    ///
+    /// On whatever way out, if nobody else sleeps here, `unmark` is called, still under the lock: who
+    /// marks in `over` that somebody waits takes the mark back there, and nobody's is lost.
     pub(crate) fn wait_until(
         &self,
         deadline: Option<Instant>,
         mut over: impl FnMut() -> bool,
-    ) -> Result<Waited<'_>, TimedOut> {
+        unmark: impl FnOnce(),
+    ) -> Result<bool, TimedOut> {
         let mut slept = false;
         let mut sleepers = self.sleepers.lock().unwrap_or_else(|poison| poison.into_inner());
         while !over() {
@@ -61,7 +60,12 @@ impl WaitQueue {
                 None => None,
                 Some(deadline) => match deadline.checked_duration_since(Instant::now()) {
                     Some(left) if !left.is_zero() => Some(left),
-                    _ => return Err(TimedOut),
+                    _ => {
+                        if *sleepers == 0 {
+                            unmark();
+                        }
+                        return Err(TimedOut);
+                    }
                 },
             };
             slept = true;
@@ -75,7 +79,10 @@ impl WaitQueue {
             };
             *sleepers -= 1;
         }
-        Ok(Waited { sleepers, slept })
+        if *sleepers == 0 {
+            unmark();
+        }
+        Ok(slept)
     }
 
     /// Wakes every sleeper, to ask again whether its wait is over. No system call if none sleeps.
@@ -91,11 +98,12 @@ impl WaitQueue {
 pub(crate) struct Gate {
     state: AtomicU64,
     pub(crate) queue: WaitQueue,
+    orphan: Mutex<Option<Arc<dyn Orphan>>>,
 }
 
 impl Gate {
     pub(crate) fn new() -> Gate {
-        Gate { state: AtomicU64::new(0), queue: WaitQueue::new() }
+        Gate { state: AtomicU64::new(0), queue: WaitQueue::new(), orphan: Mutex::new(None) }
     }
 
     /// Enters. The caller must know that the gate is not being drained for good, or that a late
@@ -114,15 +122,16 @@ impl Gate {
         // Release: pairs with the AcqRel in `drain` and the Acquire in `count`. Whoever sees zero
         // sees all that was done inside.
         let release = relaxed_if(mutant!("relaxed_leave"), Ordering::Release);
-        if self.state.fetch_sub(1, release) == (WAITING | 1) {
-            self.queue.wake_all();
+        let before = self.state.fetch_sub(1, release);
+        if before & COUNT == 1 && before != 1 {
+            self.leave_last(before);
         }
     }
 
     /// Returns how many are inside. Zero is final only if nobody can enter any more.
     pub(crate) fn count(&self) -> u64 {
         // Acquire: pairs with the Release in `leave`.
-        self.state.load(Ordering::Acquire) & !WAITING
+        self.state.load(Ordering::Acquire) & COUNT
     }
 
     /// Waits until nobody was inside at one instant after the call. Says whether that took a sleep.
@@ -130,19 +139,53 @@ impl Gate {
         if mutant!("no_drain") {
             return Ok(false);
         }
-        let waited = self.queue.wait_until(deadline, || {
+        let over = || {
             // AcqRel: the Acquire pairs with the Release in `leave`, the Release with the Acquire
             // in `enter`.
             let both = relaxed_if(mutant!("relaxed_drain"), Ordering::AcqRel);
-            self.state.fetch_or(WAITING, both) & !WAITING == 0
-        })?;
-        if *waited.sleepers == 0 {
-            // The mark is only ever set under the queue's lock, which we hold: nobody's is lost.
-            // Relaxed: what had to be seen was seen above.
-            self.state.fetch_and(!WAITING, Ordering::Relaxed);
-        }
-        Ok(waited.slept)
+            self.state.fetch_or(WAITING, both) & COUNT == 0
+        };
+        // Relaxed: what had to be seen was seen above.
+        let unmark = || _ = self.state.fetch_and(!WAITING, Ordering::Relaxed);
+        self.queue.wait_until(deadline, over, unmark)
     }
+
+    /// Leaves `orphan` to be ended by whoever leaves last, or ends it at once if nobody is inside.
+    /// Nobody may enter any more.
+    pub(crate) fn abandon(&self, orphan: Arc<dyn Orphan>) {
+        *self.lock_orphan() = Some(orphan);
+        // AcqRel: with the read-modify-write of `leave`, one of the two sees the other.
+        if self.state.fetch_or(ORPHANED, Ordering::AcqRel) & COUNT == 0 {
+            self.end_orphan();
+        }
+    }
+
+    #[cold]
+    fn leave_last(&self, marks: u64) {
+        if marks & WAITING != 0 {
+            self.queue.wake_all();
+        }
+        if marks & ORPHANED != 0 && !mutant!("last_leaver_forgets") {
+            self.end_orphan();
+        }
+    }
+
+    fn end_orphan(&self) {
+        let orphan = self.lock_orphan().take();
+        if let Some(orphan) = orphan {
+            orphan.end();
+        }
+    }
+
+    fn lock_orphan(&self) -> impl DerefMut<Target = Option<Arc<dyn Orphan>>> + '_ {
+        self.orphan.lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+}
+
+/// What is left behind when its owner could not wait.
+pub(crate) trait Orphan: Send + Sync {
+    /// Ends it. Nobody uses it any more.
+    fn end(&self);
 }
 
 /// A counted reference to a `T`. Its drop gives up the `T` first and leaves the gate last, so when

@@ -34,7 +34,7 @@ use crate::VaRange;
 use crate::context::{self, CallbackKind, callback};
 use crate::diagnostics::Counters;
 use crate::event::{Class, Event, EventKind, Owner};
-use crate::gate::{Gate, TimedOut};
+use crate::gate::{Gate, Orphan, TimedOut};
 use crate::index::Key;
 use crate::notifier::{Fence, Notifier, WouldBlock};
 use crate::primitive::{AtomicU64, Mutex, MutexGuard, Ordering, mutant, relaxed_if};
@@ -216,6 +216,9 @@ impl Core {
         }
         let release = relaxed_if(mutant!("relaxed_lower"), Ordering::Release);
         let before = self.state.fetch_sub(by, release);
+        if before & COUNT < by {
+            context::die(format_args!("a change ended that was never counted; state {before:#x}"));
+        }
         if before & WAITERS != 0 && before & COUNT == by {
             self.gate.queue.wake_all();
         }
@@ -257,18 +260,15 @@ impl Core {
             return Ok(false);
         }
         let mut slept = false;
-        let waited = self.gate.queue.wait_until(deadline, || {
+        let over = || {
             // Relaxed: the mark is seen by `lower`'s read-modify-write of the same word, and the
             // caller looks at the state again by `try_begin`.
             let state = self.state.fetch_or(WAITERS, Ordering::Relaxed);
             state & COUNT == 0 || state & CLOSED != 0 || std::mem::replace(&mut slept, true)
-        })?;
-        if *waited.sleepers == 0 {
-            // The mark is only set under the queue's lock, which we hold: nobody's is lost.
-            // Relaxed: guards nothing.
-            self.state.fetch_and(!WAITERS, Ordering::Relaxed);
-        }
-        Ok(waited.slept)
+        };
+        // Relaxed: the mark guards nothing.
+        let unmark = || _ = self.state.fetch_and(!WAITERS, Ordering::Relaxed);
+        self.gate.queue.wait_until(deadline, over, unmark)
     }
 
     /// Returns the thread that is inside the notifier's lock, if any.
@@ -361,14 +361,14 @@ impl<N: Notifier> NodeOf<N> {
         Some(Guard::new(self, slot, me))
     }
 
-    /// Tells the notifier of `event`, under its lock, and keeps the fence.
-    fn deliver(
+    /// Tells the notifier of `event`, under its lock, and returns the fence unless it is over.
+    fn tell(
         &self,
         mut guard: Guard<'_, N>,
         call: impl FnOnce(&mut N) -> Result<N::Fence, WouldBlock>,
-    ) -> Result<Pending, WouldBlock> {
+    ) -> Result<Option<N::Fence>, WouldBlock> {
         let Some(notifier) = &mut guard.slot.notifier else {
-            return Ok(Pending::Over);
+            return Ok(None);
         };
         let (fence, changed) = callback(CallbackKind::Invalidate, self.name(), || {
             let fence = call(notifier)?;
@@ -381,22 +381,30 @@ impl<N: Notifier> NodeOf<N> {
         if let Some(counters) = &self.core.counters {
             counters.delivered(changed);
         }
+        Ok(fence)
+    }
+
+    /// Keeps a fence until [`Node::finish`].
+    fn keep(&self, fence: Option<N::Fence>) -> Pending {
         let Some(fence) = fence else {
-            return Ok(Pending::Over);
+            return Pending::Over;
         };
-        drop(guard);
         let mut fences = self.fences.lock().unwrap_or_else(|poison| poison.into_inner());
         if let Some(free) = fences.iter().position(Option::is_none) {
             fences[free] = Some(fence);
-            return Ok(Pending::InNode(free));
+            return Pending::InNode(free);
         }
         drop(fences);
-        Ok(Pending::Boxed(Box::new(fence)))
+        Pending::Boxed(Box::new(fence))
+    }
+
+    fn wait(&self, fence: N::Fence) {
+        callback(CallbackKind::Invalidate, self.name(), || fence.wait());
     }
 
     /// Sends every read section under way to its retry, and makes the device stop using the range of
-    /// the subscription, or what `new` drops of it. Returns the range from before.
-    pub(crate) fn stop(&self, no_locks: &NoLocks, new: Option<VaRange>) -> VaRange {
+    /// the subscription, or what `new` drops of it.
+    pub(crate) fn stop(&self, no_locks: &NoLocks, new: Option<VaRange>) {
         let mut guard = self.lock(context::thread_number());
         let old = guard.slot.range;
         guard.slot.range = new.unwrap_or(old);
@@ -410,10 +418,21 @@ impl<N: Notifier> NodeOf<N> {
             Some(new) => old.difference(new),
         };
         for piece in given_up.into_iter().flatten() {
-            let pending = self.invalidate(no_locks, &Event::new(EventKind::Release, piece));
-            self.finish(no_locks, pending);
+            let event = Event::new(EventKind::Release, piece);
+            let guard = self.lock(context::thread_number());
+            match self.tell(guard, |notifier| Ok(notifier.invalidate(&event))) {
+                Ok(fence) => fence.into_iter().for_each(|fence| self.wait(fence)),
+                Err(WouldBlock) => unreachable!("a blockable delivery has no way to refuse"),
+            }
+            if new.is_some() && !mutant!("resize_without_end") {
+                self.invalidate_range_end(no_locks, &event);
+            }
         }
-        old
+    }
+
+    /// Says again what the range is, after a change of it came to nothing.
+    pub(crate) fn set_range(&self, range: VaRange) {
+        self.lock(context::thread_number()).slot.range = range;
     }
 
     /// Takes the notifier out for good.
@@ -429,8 +448,8 @@ impl<N: Notifier> Node for NodeOf<N> {
 
     fn invalidate(&self, _: &NoLocks, event: &Event) -> Pending {
         let guard = self.lock(context::thread_number());
-        match self.deliver(guard, |notifier| Ok(notifier.invalidate(event))) {
-            Ok(pending) => pending,
+        match self.tell(guard, |notifier| Ok(notifier.invalidate(event))) {
+            Ok(fence) => self.keep(fence),
             Err(WouldBlock) => unreachable!("a blockable delivery has no way to refuse"),
         }
     }
@@ -438,7 +457,8 @@ impl<N: Notifier> Node for NodeOf<N> {
     fn try_invalidate(&self, _: &NoLocks, event: &Event) -> Result<Pending, WouldBlock> {
         // Somebody is inside; it may take as long as it likes.
         let guard = self.try_lock(context::thread_number()).ok_or(WouldBlock)?;
-        self.deliver(guard, |notifier| notifier.try_invalidate(event))
+        let fence = self.tell(guard, |notifier| notifier.try_invalidate(event))?;
+        Ok(self.keep(fence))
     }
 
     fn finish(&self, _: &NoLocks, pending: Pending) {
@@ -448,7 +468,7 @@ impl<N: Notifier> Node for NodeOf<N> {
                 let fence = self.fences.lock().unwrap_or_else(|poison| poison.into_inner())[slot]
                     .take()
                     .expect("a pending fence is taken once");
-                callback(CallbackKind::Invalidate, self.name(), || fence.wait());
+                self.wait(fence);
             }
             Pending::Boxed(fence) => {
                 callback(CallbackKind::Invalidate, self.name(), || fence.wait());
@@ -482,6 +502,16 @@ impl<N: Notifier> Node for NodeOf<N> {
 
     fn into_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
         self
+    }
+}
+
+impl<N: Notifier> Orphan for NodeOf<N> {
+    /// Drops the notifier of a subscription that was dropped inside a callback. On a thread that may
+    /// have nothing to do with it, so a panic there is as fatal as one in a callback.
+    fn end(&self) {
+        let notifier = self.take();
+        callback(CallbackKind::Release, self.name(), || drop(notifier));
+        context::finish_deferred();
     }
 }
 

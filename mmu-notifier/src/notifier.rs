@@ -119,8 +119,9 @@ pub trait PairedNotifier: Notifier {
     /// Hears that the change announced by `event` is over.
     ///
     /// Called once for each start that this subscriber was told of, also where a later subscriber
-    /// refused a non-blockable event and there was no change (acceptance X01). Not called for a
-    /// start it did not hear of, nor after it unsubscribed (X02). Same rules and same lock as
+    /// refused a non-blockable event and there was no change (acceptance X01), and for what a smaller
+    /// range gives up. Not called for a start it did not hear of, nor after it unsubscribed (X02);
+    /// the [`Release`](crate::EventKind::Release) with which it or the address space ends has no end. Same rules and same lock as
     /// [`invalidate`](Notifier::invalidate).
     fn invalidate_range_end(&mut self, event: &Event);
 }

@@ -6,9 +6,9 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use crate::VaRange;
-use crate::context;
+use crate::context::{self, Deferred};
 use crate::diagnostics::{Cause, Statistics};
-use crate::gate::{Pin, TimedOut};
+use crate::gate::{Orphan, Pin, TimedOut};
 use crate::node::{Begin, CLOSED, COUNT, ENDED, Guard, Node, NodeOf, UNLINKED, UNSETTLED};
 use crate::notifier::Notifier;
 use crate::primitive::{Ordering, mutant};
@@ -33,7 +33,9 @@ use crate::subscriptions::{Released, Subscriptions};
 /// [`release`](Subscriptions::release) of the address space is waited for (B13, D12).
 ///
 /// Dropped inside a callback, where nothing may wait, a subscription ends when the thread has left
-/// its callbacks, and before the announcement or release in whose callback it was dropped returns.
+/// its callbacks, and before the announcement or release in whose callback it was dropped returns:
+/// its device has stopped, and no new call or operation begins. Its notifier is dropped then, or, if
+/// calls or operations are under way, by the last of them; a panic of that drop is fatal.
 #[must_use = "dropping a subscription ends it"]
 #[doc(alias = "mmu_interval_notifier")]
 pub struct Subscription<N: Notifier> {
@@ -76,6 +78,10 @@ pub enum ReadBeginError {
 
 /// The calling thread would wait for itself: it is inside a callback, or has announced the very
 /// change whose end it would wait for.
+///
+/// An announcement made while nobody was subscribed is not recorded, with its range or its owner.
+/// The first reader of a subscription that came later waits for all of those, and so cannot be a
+/// thread that made one, wherever it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the calling thread would wait for itself: it is inside a callback, or made the announcement \
@@ -93,7 +99,8 @@ pub struct Retry;
 #[derive(thiserror::Error)]
 #[error("subscriber `{}` has not ended: {reason}", subscription.name())]
 pub struct Unfinished<N: Notifier> {
-    /// The subscription, which hears of no new events.
+    /// The subscription. It hears of no new events, unless the reason is [`SelfWait`] or a release
+    /// that was waited for gave up.
     pub subscription: Subscription<N>,
     /// What stands in the way.
     #[source]
@@ -160,16 +167,7 @@ impl<N: Notifier> Subscription<N> {
         let mut no_locks = NoLocks::at_entry();
         let core = node.core();
         while self.phase == Ending::Subscribed {
-            if let Some(pin) = space.pin_if_linked(&mut no_locks, &self.handle.weak()) {
-                let closed_before = pin.core().mark(CLOSED) & CLOSED != 0;
-                // Also where a release has closed it before: it may not have told this device yet,
-                // and once we have unlinked it nobody tells it of changes.
-                let skip = mutant!("unsubscribe_without_stop")
-                    || (mutant!("unsubscribe_trusts_a_release") && closed_before);
-                if !skip {
-                    node.stop(&no_locks, None);
-                }
-            }
+            self.handle.close(&mut no_locks);
             if space.unlink(&mut no_locks, node.as_ref()) {
                 self.phase = Ending::Unlinked;
                 break;
@@ -177,7 +175,7 @@ impl<N: Notifier> Subscription<N> {
             // A release was first. It ends the notifier, or gives it up at a deadline.
             if !mutant!("unsubscribe_ignores_release") {
                 let over = || core.has(ENDED) || !core.has(UNLINKED);
-                let _sleepers = core.gate.queue.wait_until(deadline, over)?;
+                core.gate.queue.wait_until(deadline, over, || ())?;
             }
             if core.has(ENDED) || mutant!("unsubscribe_ignores_release") {
                 self.phase = Ending::Over;
@@ -216,10 +214,14 @@ impl<N: Notifier> Subscription<N> {
         let Handle { space, node } = &self.handle;
         let mut no_locks = NoLocks::at_entry();
         let pin = space.pin_if_linked(&mut no_locks, &self.handle.weak()).ok_or(Released)?;
+        let old = self.handle.range();
         // A change of range is an invalidation of the subscription alone: readers wait.
         node.core().raise(1);
-        let old = node.stop(&no_locks, Some(range));
-        let linked = space.relink(&mut no_locks, node.as_ref(), old, range);
+        node.stop(&no_locks, Some(range));
+        let linked = space.relink(&mut no_locks, node.as_ref(), range);
+        if !linked && !mutant!("lost_range_stays") {
+            node.set_range(old);
+        }
         node.core().lower(1);
         drop(pin);
         if linked { Ok(()) } else { Err(Released) }
@@ -232,11 +234,37 @@ impl<N: Notifier> Drop for Subscription<N> {
             return;
         }
         if context::in_callback() && !mutant!("drop_in_a_callback_waits") {
-            let later = Subscription { handle: self.handle.clone(), phase: self.phase };
-            context::defer(Box::new(later));
+            context::defer(Box::new(Dropped { handle: self.handle.clone(), phase: self.phase }));
             return;
         }
         drop(self.finish(None));
+    }
+}
+
+/// A subscription that was dropped inside a callback.
+struct Dropped<N: Notifier> {
+    handle: Handle<N>,
+    phase: Ending,
+}
+
+impl<N: Notifier> Deferred for Dropped<N> {
+    /// Ends the subscription without waiting for calls or operations: one of those may be this
+    /// thread's, or wait for it. Whoever is the last of them drops the notifier.
+    fn end(self: Box<Self>) {
+        let Handle { space, node } = &self.handle;
+        let mut no_locks = NoLocks::at_entry();
+        let unlinked = match self.phase {
+            Ending::Subscribed => {
+                self.handle.close(&mut no_locks);
+                // If a release has unlinked it, that ends it.
+                space.unlink(&mut no_locks, node.as_ref())
+            }
+            Ending::Unlinked => true,
+            Ending::Over => false,
+        };
+        if unlinked {
+            node.core().gate.abandon(Arc::clone(node) as Arc<dyn Orphan>);
+        }
     }
 }
 
@@ -258,6 +286,19 @@ impl<N: Notifier> Handle<N> {
         &self.node
     }
 
+    /// Makes the device stop for good, unless it has been unlinked already.
+    fn close(&self, no_locks: &mut NoLocks) {
+        let Some(pin) = self.space.pin_if_linked(no_locks, &self.weak()) else { return };
+        let closed_before = pin.core().mark(CLOSED) & CLOSED != 0;
+        // Also where a release has closed it before: it may not have told this device yet, and once
+        // we have unlinked it nobody tells it of changes.
+        let skip = mutant!("unsubscribe_without_stop")
+            || (mutant!("unsubscribe_trusts_a_release") && closed_before);
+        if !skip {
+            self.node.stop(no_locks, None);
+        }
+    }
+
     fn weak(&self) -> Weak<dyn Node> {
         Arc::downgrade(&self.node) as Weak<dyn Node>
     }
@@ -266,7 +307,8 @@ impl<N: Notifier> Handle<N> {
     /// looked up, and the commit says whether they still hold.
     ///
     /// Waits while the range is being changed, in one sleep, never a spin. A change elsewhere does
-    /// not delay it (acceptance E09). It may return although another change has begun; the commit
+    /// not delay it (acceptance E09), other than one that began when nobody was subscribed: the
+    /// first reader waits for those wherever they are. It may return although another change has begun; the commit
     /// then fails (E10), so a caller that retries bounds its time with a deadline of its own.
     ///
     /// # Errors
@@ -391,7 +433,7 @@ impl<N: Notifier> Handle<N> {
         }
         let gate = Arc::clone(&self.node.core().gate);
         let pin = Pin::new(Arc::clone(&self.node), gate);
-        let in_space = InSpace::enter(&self.space);
+        let in_space = InSpace::enter(&self.space, context::shard());
         drop(registry);
         Ok(Operation { pin, in_space })
     }
@@ -534,25 +576,28 @@ pub struct Operation<N: Notifier> {
 }
 
 /// The count of an operation in its address space, which outlives the subscription it began with.
-struct InSpace(Arc<Subscriptions>);
+struct InSpace {
+    space: Arc<Subscriptions>,
+    shard: usize,
+}
 
 impl InSpace {
-    fn enter(space: &Arc<Subscriptions>) -> InSpace {
-        space.operations.enter();
-        InSpace(Arc::clone(space))
+    fn enter(space: &Arc<Subscriptions>, shard: usize) -> InSpace {
+        space.operations(shard).enter();
+        InSpace { space: Arc::clone(space), shard }
     }
 }
 
 impl Drop for InSpace {
     fn drop(&mut self) {
-        self.0.operations.leave();
+        self.space.operations(self.shard).leave();
     }
 }
 
 impl<N: Notifier> Operation<N> {
     /// Returns the address space, to announce changes in.
     pub fn space(&self) -> &Arc<Subscriptions> {
-        &self.in_space.0
+        &self.in_space.space
     }
 
     /// Returns a handle to the subscription.

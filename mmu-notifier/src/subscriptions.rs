@@ -77,8 +77,6 @@ pub struct Subscriptions {
     /// held for writing.
     populated: AtomicBool,
     shards: [CachePadded<Shard>; SHARDS],
-    /// The operations under way in this address space.
-    pub(crate) operations: Gate,
     /// Those who wait for the end of a release that another thread is at.
     released: WaitQueue,
     limit: usize,
@@ -90,6 +88,8 @@ struct Shard {
     /// Announcements under way that nobody was there to hear.
     unrecorded: Gate,
     active: ActiveList,
+    /// Operations under way that began in this shard.
+    operations: Gate,
 }
 
 /// How many subscribers one announcement reaches without allocating memory.
@@ -195,13 +195,17 @@ impl Subscriptions {
 
     /// Makes one that refuses more than `limit` subscriptions at a time (acceptance A13).
     pub fn with_limit(limit: usize) -> Arc<Subscriptions> {
-        let shard =
-            |_| CachePadded::new(Shard { unrecorded: Gate::new(), active: ActiveList::new() });
+        let shard = |_| {
+            CachePadded::new(Shard {
+                unrecorded: Gate::new(),
+                active: ActiveList::new(),
+                operations: Gate::new(),
+            })
+        };
         Arc::new(Subscriptions {
             registry: RegistryLock::new(),
             populated: AtomicBool::new(false),
             shards: std::array::from_fn(shard),
-            operations: Gate::new(),
             released: WaitQueue::new(),
             limit,
             live: Arc::new(()),
@@ -363,7 +367,7 @@ impl Subscriptions {
         if is_empty {
             // Relaxed: an announcer that reads the old value merely records itself.
             self.populated.store(false, Ordering::Relaxed);
-            *settled = false;
+            *settled = mutant!("settled_for_good") && *settled;
         }
     }
 
@@ -381,7 +385,7 @@ impl Subscriptions {
     ///
     /// The guard stays on the thread that announced, so that a thread waiting for itself can be
     /// told so. Forgetting it is safe: the range then counts as changing for ever, and no read
-    /// section on it begins.
+    /// section on it begins, nor any at all if nobody was subscribed when it was made.
     #[must_use = "the change is over when the guard is dropped"]
     #[doc(alias = "mmu_notifier_invalidate_range_start")]
     #[inline]
@@ -439,8 +443,6 @@ impl Subscriptions {
         let refused = deliver(&no_locks, event, &mut hits, Some(&mut paired));
         #[cfg(mutant = "callback_under_the_registry_lock")]
         drop(registry);
-        // Leaves the gates: whoever unsubscribes need not wait for the change itself.
-        drop(hits);
         if refused {
             if mutant!("refusal_without_ends") {
                 paired.clear();
@@ -567,8 +569,8 @@ impl Subscriptions {
     /// # Errors
     ///
     /// [`TimedOut`]: somebody's operation or callback has not ended; the `Debug` output of the
-    /// `Subscriptions` names them. Every device has been told to stop, and nothing is lost: call it
-    /// again to go on.
+    /// `Subscriptions` names them. Every device has been told to stop, unless another thread is at
+    /// the release and at that. Nothing is lost: call it again to go on.
     ///
     /// # Panics
     ///
@@ -613,7 +615,7 @@ impl Subscriptions {
         deadline: Option<Instant>,
     ) -> Result<Option<bool>, TimedOut> {
         let mut mine = None;
-        let _waited = self.released.wait_until(deadline, || {
+        let over = || {
             let mut registry = self.registry.write(no_locks);
             let (over, next) = match registry.phase {
                 Phase::Dead => (true, Phase::Dead),
@@ -629,7 +631,8 @@ impl Subscriptions {
             };
             registry.phase = next;
             over
-        })?;
+        };
+        self.released.wait_until(deadline, over, || ())?;
         Ok(mine)
     }
 
@@ -674,7 +677,9 @@ impl Subscriptions {
         }
         // Those of subscriptions that their owners have unlinked and not yet drained.
         if !mutant!("release_ignores_leavers") {
-            self.operations.drain(deadline)?;
+            for shard in &self.shards {
+                shard.operations.drain(deadline)?;
+            }
         }
         Ok(())
     }
@@ -738,8 +743,9 @@ impl Subscriptions {
         Some(Handle::new(Arc::clone(self), node))
     }
 
-    /// Returns how many subscriptions exist, those included that have ended and are still held by a
-    /// [`Handle`]. For leak checks (acceptance B06).
+    /// Returns how many subscriptions exist, those included that have ended and are still held: by a
+    /// [`Handle`], or for a moment by a thread that looks whether they have ended. For leak checks
+    /// (acceptance B06).
     pub fn live(&self) -> usize {
         Arc::strong_count(&self.live) - 1
     }
@@ -762,7 +768,7 @@ impl Subscriptions {
             }
         }
         let mut registry = self.registry.write(no_locks);
-        if !node.core().has(UNLINKED) {
+        if !node.core().has(UNLINKED) || mutant!("settler_speaks_for_the_next") {
             // The index has not been empty since, so this holds for whoever subscribes from now.
             registry.settled = true;
         }
@@ -775,18 +781,14 @@ impl Subscriptions {
 
     /// Moves `node` to another range, so that each event finds it at the one or at the other, and
     /// counts what is under way there. Says whether it was still linked.
-    pub(crate) fn relink(
-        &self,
-        no_locks: &mut NoLocks,
-        node: &dyn Node,
-        old: VaRange,
-        new: VaRange,
-    ) -> bool {
+    pub(crate) fn relink(&self, no_locks: &mut NoLocks, node: &dyn Node, new: VaRange) -> bool {
         let core = node.core();
         let mut registry = self.registry.write(no_locks);
         if core.has(UNLINKED) {
             return false;
         }
+        // Not what the notifier was last told: a change of range may have come to nothing.
+        let old = registry.index.range(core.key());
         registry.index.set_range(core.key(), new);
         if mutant!("resize_without_recount") {
             return true;
@@ -805,6 +807,11 @@ impl Subscriptions {
             count += u64::from(active.event.concerns(range, core.owner));
         });
         count
+    }
+
+    /// Returns the count of the operations that begin in a shard.
+    pub(crate) fn operations(&self, shard: usize) -> &Gate {
+        &self.shards[shard].operations
     }
 
     pub(crate) fn for_each_active(&self, mut f: impl FnMut(&Active)) {
@@ -853,7 +860,8 @@ impl Subscriptions {
     }
 }
 
-/// Tells every one of `hits` of `event`, in the order of their classes, and waits for the fences.
+/// Tells every one of `hits` of `event`, in the order of their classes, waits for the fences, and
+/// lets go of them.
 /// Collects those who are to hear of the end, and returns whether somebody refused.
 fn deliver(
     no_locks: &NoLocks,
@@ -887,9 +895,10 @@ fn deliver(
             paired.push(Arc::downgrade(&hit.pin));
         }
     }
-    for hit in hits.iter_mut() {
-        let pending = std::mem::replace(&mut hit.pending, Pending::Over);
-        hit.pin.finish(no_locks, pending);
+    // Whoever has stopped may unsubscribe without waiting for the others.
+    hits.retain(|hit| !matches!(hit.pending, Pending::Over));
+    for Hit { pin, pending, .. } in hits.drain(..) {
+        pin.finish(no_locks, pending);
     }
     refused
 }

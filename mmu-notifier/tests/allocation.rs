@@ -205,21 +205,24 @@ impl PairedNotifier for Plain {
 /// Has to be waited for.
 struct Slow;
 
-struct Flushed;
+/// Not without size: a box for it would show.
+struct Flushed(u64);
 
 impl Fence for Flushed {
-    fn wait(self) {}
+    fn wait(self) {
+        assert_eq!(self.0, 7);
+    }
 }
 
 impl Notifier for Slow {
     type Fence = Flushed;
 
     fn invalidate(&mut self, _: &Event) -> Flushed {
-        Flushed
+        Flushed(7)
     }
 
     fn try_invalidate(&mut self, _: &Event) -> Result<Flushed, WouldBlock> {
-        Ok(Flushed)
+        Ok(Flushed(7))
     }
 }
 
@@ -431,7 +434,6 @@ fn a10_e21_a_failed_growth_leaves_no_trace() {
         let refused = refused.expect_err("there is no memory");
         assert_eq!(refused.reason, SubscribeError::OutOfMemory);
         assert_eq!(refused.notifier.0, 7777, "it comes back");
-        drop(refused);
         let now = format!("{space:?}");
         assert_eq!(now, before.1);
         drop(now);

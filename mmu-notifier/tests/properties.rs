@@ -644,7 +644,7 @@ impl<'a> World<'a> {
             let calls = self.take_calls();
             // Whoever was told by a release need not be told again.
             if !(self.subscribers[id].closed && calls.is_empty()) {
-                self.check_told_alone(id, &calls, &[range]);
+                self.check_told_alone(id, &calls, &[range], false);
             }
             self.subscribers[id].sequence += 1;
         }
@@ -652,9 +652,10 @@ impl<'a> World<'a> {
         self.subscribers[id].closed = true;
     }
 
-    /// The notifier, and nobody else, was told to give up these ranges, one after the other.
+    /// The notifier, and nobody else, was told to give up these ranges, one after the other; and
+    /// where it goes `on` after that, that it is over, if it hears of ends.
     #[track_caller]
-    fn check_told_alone(&mut self, id: Id, calls: &[Call], ranges: &[VaRange]) {
+    fn check_told_alone(&mut self, id: Id, calls: &[Call], ranges: &[VaRange], on: bool) {
         let subscriber = &mut self.subscribers[id];
         let answer = subscriber.manner.answer();
         let mut expected = Vec::new();
@@ -663,6 +664,9 @@ impl<'a> World<'a> {
             expected.push(Call::Start { id, event, answer });
             if answer == Answer::Fence {
                 expected.push(Call::FenceOver { id });
+            }
+            if on && subscriber.paired {
+                expected.push(Call::End { id, event });
             }
             subscriber.was_told(answer);
         }
@@ -695,7 +699,7 @@ impl<'a> World<'a> {
             given_up.push(VaRange::from_bounds(old.start().max(range.last() + 1), old.last()));
         }
         let given_up: Vec<_> = given_up.into_iter().map(Option::unwrap).collect();
-        self.check_told_alone(id, &calls, &given_up);
+        self.check_told_alone(id, &calls, &given_up, true);
         self.subscribers[id].range = range;
         self.subscribers[id].sequence += 1;
     }
