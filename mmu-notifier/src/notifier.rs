@@ -12,6 +12,10 @@ use crate::Event;
 ///
 /// `()` is over from the start. `None` of an `Option<F>` is over too, and says that the event
 /// changed nothing on the device, which diagnostics count as a false invalidation.
+///
+/// A fence answers for the range, not for the call: if another announcer's fence for the same
+/// addresses is still pending, a table that is empty already is no reason to return one that is
+/// over. The device may still be using what the other call took out.
 pub trait Fence: Send + 'static {
     /// Waits until the device uses nothing of the event's range any more.
     ///
