@@ -422,7 +422,7 @@ mod tests {
             ("a | model |", "1: `a` does not say what it breaks"),
             ("a | compile | Sentence.", "1: `a` wants an error code"),
             ("a | compile:502 | Sentence.", "1: `a` wants an error code"),
-            ("a | m | S.\nb | m | S.\na | n | S.", "3: `a` is on line 1 already"),
+            ("a | m | S.\na | n | S.\na | m | S.", "3: `a` with this model is on line 1"),
         ] {
             let found = parse(text).expect_err(text);
             assert!(found.starts_with(error), "{text:?}: {found}");
