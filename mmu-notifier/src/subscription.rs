@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::VaRange;
@@ -213,7 +213,7 @@ impl<N: Notifier> Subscription<N> {
         );
         let Handle { space, node } = &self.handle;
         let mut no_locks = NoLocks::at_entry();
-        let pin = space.pin_if_linked(&mut no_locks, &self.handle.weak()).ok_or(Released)?;
+        let pin = space.pin_if_linked(&mut no_locks, self.handle.as_node()).ok_or(Released)?;
         let old = self.handle.range();
         // A change of range is an invalidation of the subscription alone: readers wait.
         node.core().raise(1);
@@ -288,7 +288,7 @@ impl<N: Notifier> Handle<N> {
 
     /// Makes the device stop for good, unless it has been unlinked already.
     fn close(&self, no_locks: &mut NoLocks) {
-        let Some(pin) = self.space.pin_if_linked(no_locks, &self.weak()) else { return };
+        let Some(pin) = self.space.pin_if_linked(no_locks, self.as_node()) else { return };
         let closed_before = pin.core().mark(CLOSED) & CLOSED != 0;
         // Also where a release has closed it before: it may not have told this device yet, and once
         // we have unlinked it nobody tells it of changes.
@@ -299,8 +299,8 @@ impl<N: Notifier> Handle<N> {
         }
     }
 
-    fn weak(&self) -> Weak<dyn Node> {
-        Arc::downgrade(&self.node) as Weak<dyn Node>
+    fn as_node(&self) -> Arc<dyn Node> {
+        Arc::clone(&self.node) as Arc<dyn Node>
     }
 
     /// Begins a read section: from here to its [commit](ReadSection::commit), translations may be

@@ -510,7 +510,9 @@ impl Subscriptions {
     fn end(&self, shard: usize, id: u64, event: &Event, paired: &Paired) {
         let mut no_locks = NoLocks::at_entry();
         for node in paired {
-            let Some(pin) = self.pin_if_linked(&mut no_locks, node) else { continue };
+            let node = node.upgrade();
+            let pin = node.and_then(|node| self.pin_if_linked(&mut no_locks, node));
+            let Some(pin) = pin else { continue };
             pin.invalidate_range_end(&no_locks, event);
         }
         {
@@ -528,14 +530,12 @@ impl Subscriptions {
     pub(crate) fn pin_if_linked(
         &self,
         no_locks: &mut NoLocks,
-        node: &Weak<dyn Node>,
+        node: Arc<dyn Node>,
     ) -> Option<Pin<dyn Node>> {
         let registry = self.registry.read(no_locks);
-        // If it is not linked this may be the last reference, to be dropped without the lock.
-        let node = node.upgrade()?;
         if node.core().has(UNLINKED) {
+            // This may be the last reference: it goes without the lock.
             drop(registry);
-            drop(node);
             return None;
         }
         let gate = Arc::clone(&node.core().gate);
