@@ -87,11 +87,13 @@ impl Counters {
     }
 }
 
-/// Writes one subscription, without taking its notifier's lock.
+/// Writes one subscription, without taking its notifier's lock. Of those inside it, `own_pins` are
+/// the writer's.
 pub(crate) fn write_node(
     f: &mut fmt::Formatter<'_>,
     node: &dyn Node,
     range: Option<VaRange>,
+    own_pins: u64,
 ) -> fmt::Result {
     let core = node.core();
     // Relaxed: a snapshot for people.
@@ -112,7 +114,7 @@ pub(crate) fn write_node(
     out.field("class", &core.class)
         .field("owner", &core.owner)
         .field("changes_under_way", &(state & COUNT))
-        .field("calls_and_operations", &core.gate.count())
+        .field("calls_and_operations", &core.gate.count().saturating_sub(own_pins))
         .field("lock_held_by_thread", &core.holder())
         .field("marks", &marks.collect::<Vec<_>>());
     if let Some(counters) = &core.counters {
@@ -129,18 +131,18 @@ impl fmt::Debug for Subscriptions {
             .field("phase", &phase)
             .field("changes_under_way", &self.list_active())
             .field("changes_unrecorded", &self.count_unrecorded())
-            .field("releasing", &releasing.as_deref().map(|node| Dumped(node, None)))
+            .field("releasing", &releasing.as_deref().map(|node| Dumped(node, None, 0)))
             .field("subscribers", &Listed(&subscribers))
             .finish()
     }
 }
 
 /// One node of a dump.
-struct Dumped<'a>(&'a dyn Node, Option<VaRange>);
+struct Dumped<'a>(&'a dyn Node, Option<VaRange>, u64);
 
 impl fmt::Debug for Dumped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write_node(f, self.0, self.1)
+        write_node(f, self.0, self.1, self.2)
     }
 }
 
@@ -150,7 +152,7 @@ struct Listed<'a>(&'a [crate::subscriptions::Hit]);
 impl fmt::Debug for Listed<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list()
-            .entries(self.0.iter().map(|hit| Dumped(hit.pin.as_ref(), Some(hit.range))))
+            .entries(self.0.iter().map(|hit| Dumped(hit.pin.as_ref(), Some(hit.range), 1)))
             .finish()
     }
 }

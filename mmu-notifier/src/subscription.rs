@@ -308,8 +308,9 @@ impl<N: Notifier> Handle<N> {
     ///
     /// Waits while the range is being changed, in one sleep, never a spin. A change elsewhere does
     /// not delay it (acceptance E09), other than one that began when nobody was subscribed: the
-    /// first reader waits for those wherever they are. It may return although another change has begun; the commit
-    /// then fails (E10), so a caller that retries bounds its time with a deadline of its own.
+    /// first reader waits for those wherever they are. It may return although another change has
+    /// begun; the commit then fails (E10), so a caller that retries bounds its time with a deadline
+    /// of its own.
     ///
     /// # Errors
     ///
@@ -620,7 +621,7 @@ impl<N: Notifier> fmt::Debug for Subscription<N> {
 
 impl<N: Notifier> fmt::Debug for Handle<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        crate::diagnostics::write_node(f, self.node.as_ref(), None)
+        crate::diagnostics::write_node(f, self.node.as_ref(), None, 0)
     }
 }
 

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
-use loom::thread;
+use loom::thread::{self, JoinHandle};
 use mmu_notifier::{
     DeviceHandle, DeviceRef, Event, EventKind, Fence, Handle, Notifier, PairedNotifier,
     SubscribeOptions, Subscription, Subscriptions, VaRange, WouldBlock,
@@ -84,6 +84,13 @@ impl Notifier for Table {
     }
 }
 
+/// An address space, and a device's mirror of `range`.
+fn mirrored(range: VaRange) -> (Arc<Subscriptions>, Arc<Cpu>, Subscription<Table>) {
+    let space = Subscriptions::new();
+    let mirror = space.subscribe(range, Table::default()).unwrap();
+    (space, Arc::default(), mirror)
+}
+
 /// Changes `number` to `frame` under an announcement, and checks *Announced*: within it, the device
 /// maps nothing of the page.
 fn change(space: &Subscriptions, cpu: &Cpu, mirror: &Handle<Table>, number: usize, frame: usize) {
@@ -92,6 +99,50 @@ fn change(space: &Subscriptions, cpu: &Cpu, mirror: &Handle<Table>, number: usiz
     assert!(!maps, "a device maps a page that is being changed");
     cpu.remap(number, frame);
     drop(guard);
+}
+
+/// Makes a change on a thread of its own.
+fn spawn_change(
+    space: &Arc<Subscriptions>,
+    cpu: &Arc<Cpu>,
+    mirror: &Handle<Table>,
+    number: usize,
+    frame: usize,
+) -> JoinHandle<()> {
+    let (space, cpu, mirror) = (Arc::clone(space), Arc::clone(cpu), mirror.clone());
+    thread::spawn(move || change(&space, &cpu, &mirror, number, frame))
+}
+
+/// Changes a page to frame 1 on a thread of its own, where nobody may be subscribed to it.
+fn spawn_unheard_change(
+    space: &Arc<Subscriptions>,
+    cpu: &Arc<Cpu>,
+    number: usize,
+) -> JoinHandle<()> {
+    let (space, cpu) = (Arc::clone(space), Arc::clone(cpu));
+    thread::spawn(move || {
+        let guard = space.invalidate_range_start(unmap(page(number)));
+        cpu.remap(number, 1);
+        drop(guard);
+    })
+}
+
+/// Announces and changes nothing, on a thread of its own.
+fn spawn_announcement(space: &Arc<Subscriptions>, range: VaRange) -> JoinHandle<()> {
+    let space = Arc::clone(space);
+    thread::spawn(move || drop(space.invalidate_range_start(unmap(range))))
+}
+
+/// Exits, on a thread of its own.
+fn spawn_release(space: &Arc<Subscriptions>) -> JoinHandle<()> {
+    let space = Arc::clone(space);
+    thread::spawn(move || space.release())
+}
+
+/// Serves a device's fault on a thread of its own.
+fn spawn_fault(cpu: &Arc<Cpu>, mirror: &Handle<Table>, number: usize) -> JoinHandle<bool> {
+    let (cpu, mirror) = (Arc::clone(cpu), mirror.clone());
+    thread::spawn(move || fault(&cpu, &mirror, number))
 }
 
 /// Serves a device's fault on `number`: one try.
@@ -121,14 +172,9 @@ fn check_current(cpu: &Cpu, mirror: &Handle<Table>) {
 #[test]
 fn read_section_against_two_overlapping_invalidations() {
     model(|| {
-        let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
-        let mirror = space.subscribe(page(0), Table::default()).unwrap();
-        let changers: Vec<_> = (1..=2)
-            .map(|frame| {
-                let (space, cpu, mirror) = (Arc::clone(&space), Arc::clone(&cpu), mirror.clone());
-                thread::spawn(move || change(&space, &cpu, &mirror, 0, frame))
-            })
-            .collect();
+        let (space, cpu, mirror) = mirrored(page(0));
+        let changers: Vec<_> =
+            (1..=2).map(|frame| spawn_change(&space, &cpu, &mirror, 0, frame)).collect();
         fault(&cpu, &mirror, 0);
         changers.into_iter().for_each(|changer| changer.join().unwrap());
         check_current(&cpu, &mirror);
@@ -140,12 +186,8 @@ fn read_section_against_two_overlapping_invalidations() {
 #[test]
 fn read_section_against_an_invalidation() {
     model(|| {
-        let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
-        let mirror = space.subscribe(page(0), Table::default()).unwrap();
-        let changer = {
-            let (space, cpu, mirror) = (Arc::clone(&space), Arc::clone(&cpu), mirror.clone());
-            thread::spawn(move || change(&space, &cpu, &mirror, 0, 1))
-        };
+        let (space, cpu, mirror) = mirrored(page(0));
+        let changer = spawn_change(&space, &cpu, &mirror, 0, 1);
         assert!((0..3).any(|_| fault(&cpu, &mirror, 0)), "one change refused three faults");
         changer.join().unwrap();
         check_current(&cpu, &mirror);
@@ -157,8 +199,7 @@ fn read_section_against_an_invalidation() {
 #[test]
 fn reader_is_woken_by_the_last_end() {
     model(|| {
-        let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
-        let mirror = space.subscribe(page(0), Table::default()).unwrap();
+        let (space, cpu, mirror) = mirrored(page(0));
         let outer = space.invalidate_range_start(unmap(page(0)));
         let inner = space.invalidate_range_start(unmap(pages(0, 1)));
         let reader = {
@@ -178,8 +219,7 @@ fn reader_is_woken_by_the_last_end() {
 #[test]
 fn two_readers_commit_at_the_first_try() {
     model(|| {
-        let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
-        let mirror = space.subscribe(page(0), Table::default()).unwrap();
+        let (space, cpu, mirror) = mirrored(page(0));
         let guard = space.invalidate_range_start(unmap(page(0)));
         let readers: Vec<_> = (0..2)
             .map(|_| {
@@ -200,14 +240,7 @@ fn two_readers_commit_at_the_first_try() {
 fn first_subscriber_against_an_unrecorded_announcement() {
     model(|| {
         let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
-        let changer = {
-            let (space, cpu) = (Arc::clone(&space), Arc::clone(&cpu));
-            thread::spawn(move || {
-                let guard = space.invalidate_range_start(unmap(page(0)));
-                cpu.remap(0, 1);
-                drop(guard);
-            })
-        };
+        let changer = spawn_unheard_change(&space, &cpu, 0);
         let mirror = space.subscribe(page(0), Table::default()).unwrap();
         fault(&cpu, &mirror, 0);
         changer.join().unwrap();
@@ -220,19 +253,9 @@ fn first_subscriber_against_an_unrecorded_announcement() {
 fn two_first_readers_against_an_unrecorded_announcement() {
     bounded_model(0, 1, || {
         let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
-        let changer = {
-            let (space, cpu) = (Arc::clone(&space), Arc::clone(&cpu));
-            thread::spawn(move || {
-                let guard = space.invalidate_range_start(unmap(page(0)));
-                cpu.remap(0, 1);
-                drop(guard);
-            })
-        };
+        let changer = spawn_unheard_change(&space, &cpu, 0);
         let mirror = space.subscribe(page(0), Table::default()).unwrap();
-        let reader = {
-            let (cpu, mirror) = (Arc::clone(&cpu), mirror.clone());
-            thread::spawn(move || fault(&cpu, &mirror, 0))
-        };
+        let reader = spawn_fault(&cpu, &mirror, 0);
         fault(&cpu, &mirror, 0);
         changer.join().unwrap();
         reader.join().unwrap();
@@ -249,14 +272,7 @@ fn populated_twice_against_an_unrecorded_announcement() {
         // Settled: nothing unrecorded is under way.
         assert!(fault(&cpu, &first, 0));
         drop(first);
-        let changer = {
-            let (space, cpu) = (Arc::clone(&space), Arc::clone(&cpu));
-            thread::spawn(move || {
-                let guard = space.invalidate_range_start(unmap(page(0)));
-                cpu.remap(0, 1);
-                drop(guard);
-            })
-        };
+        let changer = spawn_unheard_change(&space, &cpu, 0);
         let mirror = space.subscribe(page(0), Table::default()).unwrap();
         fault(&cpu, &mirror, 0);
         changer.join().unwrap();
@@ -297,14 +313,7 @@ fn insert_during_an_invalidation() {
     model(|| {
         let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
         let _elsewhere = space.subscribe(page(1), Table::default()).unwrap();
-        let changer = {
-            let (space, cpu) = (Arc::clone(&space), Arc::clone(&cpu));
-            thread::spawn(move || {
-                let guard = space.invalidate_range_start(unmap(page(0)));
-                cpu.remap(0, 1);
-                drop(guard);
-            })
-        };
+        let changer = spawn_unheard_change(&space, &cpu, 0);
         let mirror = space.subscribe(page(0), Table::default()).unwrap();
         fault(&cpu, &mirror, 0);
         changer.join().unwrap();
@@ -316,8 +325,7 @@ fn insert_during_an_invalidation() {
 #[test]
 fn find_and_remove_during_an_invalidation() {
     model(|| {
-        let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
-        let mirror = space.subscribe(page(0), Table::default()).unwrap();
+        let (space, cpu, mirror) = mirrored(page(0));
         let faulter = {
             let (space, cpu) = (Arc::clone(&space), Arc::clone(&cpu));
             thread::spawn(move || {
@@ -326,10 +334,7 @@ fn find_and_remove_during_an_invalidation() {
                 }
             })
         };
-        let changer = {
-            let (space, cpu, mirror) = (Arc::clone(&space), Arc::clone(&cpu), mirror.clone());
-            thread::spawn(move || change(&space, &cpu, &mirror, 0, 1))
-        };
+        let changer = spawn_change(&space, &cpu, &mirror, 0, 1);
         let table = mirror.unsubscribe().unwrap();
         assert!(!table.maps_any(page(0)), "handed back with a translation nobody looks after");
         faulter.join().unwrap();
@@ -344,16 +349,8 @@ fn find_and_remove_during_an_invalidation() {
 #[test]
 fn move_during_an_invalidation() {
     model(|| {
-        let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
-        let mut mirror = space.subscribe(page(0), Table::default()).unwrap();
-        let changer = {
-            let (space, cpu) = (Arc::clone(&space), Arc::clone(&cpu));
-            thread::spawn(move || {
-                let guard = space.invalidate_range_start(unmap(page(1)));
-                cpu.remap(1, 1);
-                drop(guard);
-            })
-        };
+        let (space, cpu, mut mirror) = mirrored(page(0));
+        let changer = spawn_unheard_change(&space, &cpu, 1);
         mirror.set_range(page(1)).unwrap();
         fault(&cpu, &mirror, 1);
         changer.join().unwrap();
@@ -366,12 +363,8 @@ fn move_during_an_invalidation() {
 #[test]
 fn grow_against_a_read_section() {
     model(|| {
-        let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
-        let mut mirror = space.subscribe(page(0), Table::default()).unwrap();
-        let faulter = {
-            let (cpu, mirror) = (Arc::clone(&cpu), mirror.clone());
-            thread::spawn(move || fault(&cpu, &mirror, 1))
-        };
+        let (space, cpu, mut mirror) = mirrored(page(0));
+        let faulter = spawn_fault(&cpu, &mirror, 1);
         let guard = space.invalidate_range_start(unmap(page(1)));
         cpu.remap(1, 1);
         drop(guard);
@@ -386,12 +379,8 @@ fn grow_against_a_read_section() {
 #[test]
 fn shrink_during_an_invalidation() {
     model(|| {
-        let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
-        let mut mirror = space.subscribe(pages(0, 1), Table::default()).unwrap();
-        let faulter = {
-            let (cpu, mirror) = (Arc::clone(&cpu), mirror.clone());
-            thread::spawn(move || fault(&cpu, &mirror, 1))
-        };
+        let (space, cpu, mut mirror) = mirrored(pages(0, 1));
+        let faulter = spawn_fault(&cpu, &mirror, 1);
         mirror.set_range(page(0)).unwrap();
         let guard = space.invalidate_range_start(unmap(page(1)));
         assert!(!mirror.inspect(|table| table.maps_any(page(1))).unwrap());
@@ -439,10 +428,7 @@ fn unsubscribe_against_invalidation() {
     model(|| {
         let (space, device) = (Subscriptions::new(), Arc::new(Freed::default()));
         let mirror = space.subscribe(page(0), Slow(Arc::clone(&device))).unwrap();
-        let changer = {
-            let space = Arc::clone(&space);
-            thread::spawn(move || drop(space.invalidate_range_start(unmap(page(0)))))
-        };
+        let changer = spawn_announcement(&space, page(0));
         assert!(mirror.unsubscribe().is_some());
         device.0.store(true, SeqCst);
         assert_eq!(space.live(), 0, "somebody else still holds the subscription's memory");
@@ -454,12 +440,8 @@ fn unsubscribe_against_invalidation() {
 #[test]
 fn unsubscribe_stops_the_device() {
     model(|| {
-        let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
-        let mirror = space.subscribe(page(0), Table::default()).unwrap();
-        let faulter = {
-            let (cpu, mirror) = (Arc::clone(&cpu), mirror.clone());
-            thread::spawn(move || fault(&cpu, &mirror, 0))
-        };
+        let (space, cpu, mirror) = mirrored(page(0));
+        let faulter = spawn_fault(&cpu, &mirror, 0);
         let table = mirror.unsubscribe().unwrap();
         assert!(!table.maps_any(page(0)), "handed back with a translation nobody looks after");
         faulter.join().unwrap();
@@ -511,10 +493,7 @@ fn change_against_unsubscribe_under_a_release() {
         let mirror = space.subscribe(page(1), Table::default()).unwrap();
         assert!(fault(&cpu, &mirror, 1));
         let handle = mirror.clone();
-        let exit = {
-            let space = Arc::clone(&space);
-            thread::spawn(move || space.release())
-        };
+        let exit = spawn_release(&space);
         inside.wait();
         let unfinished = mirror.unsubscribe_deadline(std::time::Instant::now());
         change(&space, &cpu, &handle, 1, 1);
@@ -553,10 +532,7 @@ fn unsubscribe_against_release() {
         let device = DeviceHandle::register(Freed::default());
         let mirror = Mirror { device: device.reference(), released: Arc::clone(&released) };
         let mirror = space.subscribe(page(0), mirror).unwrap();
-        let exit = {
-            let space = Arc::clone(&space);
-            thread::spawn(move || space.release())
-        };
+        let exit = spawn_release(&space);
         let handed_back = usize::from(mirror.unsubscribe().is_some());
         assert_eq!(handed_back + released.load(Relaxed), 1);
         exit.join().unwrap();
@@ -575,10 +551,7 @@ fn seed_001_threads_a_and_b() {
         let device = DeviceHandle::register(Freed::default());
         let mirror = Mirror { device: device.reference(), released };
         let mirror = space.subscribe(page(0), mirror).unwrap();
-        let thread_b = {
-            let space = Arc::clone(&space);
-            thread::spawn(move || space.release())
-        };
+        let thread_b = spawn_release(&space);
         drop(mirror.unsubscribe());
         // C05: no wait and no retry here.
         let device = device.try_unregister().expect("every mirror has been unregistered");
@@ -700,8 +673,7 @@ fn release_waits_for_an_operation_of_a_leaver() {
 #[test]
 fn read_section_against_release() {
     model(|| {
-        let (space, cpu) = (Subscriptions::new(), Arc::new(Cpu::default()));
-        let mirror = space.subscribe(page(0), Table::default()).unwrap();
+        let (space, cpu, mirror) = mirrored(page(0));
         let dead = Arc::new(AtomicBool::new(false));
         let exit = {
             let (space, dead) = (Arc::clone(&space), Arc::clone(&dead));
@@ -731,10 +703,7 @@ fn release_given_up_at_its_deadline() {
         let space = Subscriptions::new();
         let mirror = space.subscribe(page(0), Table::default()).unwrap();
         let operation = mirror.begin_operation().unwrap();
-        let changer = {
-            let space = Arc::clone(&space);
-            thread::spawn(move || drop(space.invalidate_range_start(unmap(page(0)))))
-        };
+        let changer = spawn_announcement(&space, page(0));
         assert!(space.release_deadline(std::time::Instant::now()).is_err());
         drop(operation);
         assert!(mirror.read_begin().is_err(), "a device goes on in a dying address space");
@@ -820,10 +789,7 @@ fn release_stops_every_device_before_it_ends_one() {
         let second = Stopped { mine: two, others: one };
         let first = space.subscribe(page(0), first).unwrap();
         let second = space.subscribe(page(1), second).unwrap();
-        let other_exit = {
-            let space = Arc::clone(&space);
-            thread::spawn(move || space.release())
-        };
+        let other_exit = spawn_release(&space);
         space.release();
         other_exit.join().unwrap();
         assert!(first.unsubscribe().is_none() && second.unsubscribe().is_none());
@@ -873,10 +839,7 @@ fn non_blockable_refusal_backs_out() {
         };
         let first = subscribe(false);
         let second = subscribe(true);
-        let blockable = {
-            let space = Arc::clone(&space);
-            thread::spawn(move || drop(space.invalidate_range_start(unmap(page(0)))))
-        };
+        let blockable = spawn_announcement(&space, page(0));
         assert!(space.try_invalidate_range_start(unmap(page(0))).is_err());
         blockable.join().unwrap();
         assert_eq!(starts.load(Relaxed), ends.load(Relaxed), "a start without its end");
@@ -896,10 +859,7 @@ fn paired_set_range_against_an_invalidation() {
         let notifier = Counted { starts: heard, ends: over, refuses: false };
         let options = SubscribeOptions::new();
         let mut mirror = space.subscribe_paired(pages(0, 1), notifier, options).unwrap();
-        let changer = {
-            let space = Arc::clone(&space);
-            thread::spawn(move || drop(space.invalidate_range_start(unmap(page(1)))))
-        };
+        let changer = spawn_announcement(&space, page(1));
         mirror.set_range(page(0)).unwrap();
         changer.join().unwrap();
         assert_eq!(starts.load(Relaxed), ends.load(Relaxed), "a start without its end");
@@ -939,10 +899,7 @@ fn last_reference_dropped_inside_a_callback() {
         let notifier = Dropper { victim: Arc::clone(&victim), dropped: Arc::clone(&dropped) };
         let mirror = space.subscribe(page(0), notifier).unwrap();
         *victim.lock().unwrap() = Some(mirror);
-        let other = {
-            let space = Arc::clone(&space);
-            thread::spawn(move || drop(space.invalidate_range_start(unmap(page(0)))))
-        };
+        let other = spawn_announcement(&space, page(0));
         drop(space.invalidate_range_start(unmap(page(0))));
         other.join().unwrap();
         assert_eq!(dropped.load(Relaxed), 1);
@@ -962,10 +919,7 @@ fn last_reference_dropped_under_ones_own_operation() {
         let mirror = space.subscribe(page(0), notifier).unwrap();
         let operation = mirror.begin_operation().unwrap();
         *victim.lock().unwrap() = Some(mirror);
-        let other = {
-            let space = Arc::clone(&space);
-            thread::spawn(move || drop(space.invalidate_range_start(unmap(page(0)))))
-        };
+        let other = spawn_announcement(&space, page(0));
         drop(operation.space().invalidate_range_start(unmap(page(0))));
         assert_eq!(dropped.load(Relaxed), 0, "an operation of it is under way");
         drop(operation);
