@@ -22,8 +22,19 @@ use crate::step::{CommandLine, Failure, Step, run_all, target_dir};
 const PROBE_LIMIT: Duration = Duration::from_secs(60);
 
 /// The names of the steps of `test`, in order.
-const STEP_NAMES: [&str; 9] =
-    ["fmt", "clippy", "doc", "tests", "doctests", "release", "shuttle", "loom", "mutants"];
+const STEP_NAMES: [&str; 11] = [
+    "fmt",
+    "clippy",
+    "clippy-shuttle",
+    "clippy-loom",
+    "doc",
+    "tests",
+    "doctests",
+    "release",
+    "shuttle",
+    "loom",
+    "mutants",
+];
 
 /// The project's own commands: tests, models, mutants, sanitizers.
 ///
@@ -40,7 +51,7 @@ struct Arguments {
 enum Task {
     /// Run every check that the stable toolchain can run.
     ///
-    /// The steps are formatting, lints, documentation, the tests with debug checks (examples and
+    /// The steps are formatting, lints (also of what only the checkers build), documentation, the tests with debug checks (examples and
     /// benchmarks included, each once), the tests of the documentation, the tests without debug
     /// checks, and then `shuttle`, `loom` and `mutants`. The first step that fails ends the run.
     /// At the end stands a table of the steps and a line `N passed, 0 failed`, where N counts
@@ -113,7 +124,7 @@ fn run(task: Task) -> Result<(), Failure> {
     match task {
         Task::Test { list: true, .. } => {
             for step in test_steps() {
-                println!("{:<9} {}", step.name, step.line);
+                println!("{:<14} {}", step.name, step.line);
             }
             Ok(())
         }
@@ -141,6 +152,8 @@ fn test_steps() -> Vec<Step> {
     vec![
         plain("fmt", cargo("fmt --all --check")),
         plain("clippy", cargo("clippy --workspace --all-targets -- -D warnings")),
+        plain("clippy-shuttle", clippy_under("shuttle", "stress")),
+        plain("clippy-loom", clippy_under("loom", "models")),
         plain("doc", cargo("doc --workspace --no-deps").variable("RUSTDOCFLAGS", "-D warnings")),
         // `--all-targets` includes the benchmarks, which run each measured body once, and leaves
         // the documentation's tests out, which are the step after.
@@ -151,6 +164,14 @@ fn test_steps() -> Vec<Step> {
         loom_step(None, &[]),
         plain("mutants", cargo("xtask mutants")),
     ]
+}
+
+/// Lints of what is only built under a checker: the library as it is there, and its test.
+fn clippy_under(checker: &str, test: &str) -> CommandLine {
+    let words = format!("clippy -p mmu-notifier --release --lib --test {test} -- -D warnings");
+    CommandLine::cargo(&words)
+        .variable("RUSTFLAGS", format!("--cfg {checker}"))
+        .variable("CARGO_TARGET_DIR", target_dir(checker))
 }
 
 fn shuttle_step(arguments: &[String]) -> Step {
