@@ -19,7 +19,8 @@ use mmu_notifier::{
 const PAGES: u64 = 64;
 const PAGE_BYTES: u64 = 4096;
 
-/// A frame number for each page; 0 where nothing is mapped. The address space, and a device's table.
+/// A frame number for each page; 0 where nothing is mapped. The address space, and a device's
+/// table.
 type Frames = Arc<[AtomicU64]>;
 
 /// What a device's hardware has: a page table, and a count that is odd during an access.

@@ -25,8 +25,8 @@ use crate::primitive::mutant;
 ///
 /// Before unregistering: drop every reference, that is, end every subscription whose notifier holds
 /// one. Nothing has to be waited for beyond that, since unsubscribing waits (C05). On return of
-/// [`unregister`](DeviceHandle::unregister): no thread touches the device, and it is the caller's by
-/// value.
+/// [`unregister`](DeviceHandle::unregister): no thread touches the device, and it is the caller's
+/// by value.
 ///
 /// Dropping the handle instead gives the device up: it is dropped with the last reference.
 ///

@@ -10,8 +10,8 @@
 //! `state` is the count, and a bit that says somebody waits for zero. The waiter sets the bit and
 //! reads the count in one read-modify-write, holding the queue's lock from there until it sleeps.
 //! The leaver learns of the bit from the very decrement that reaches zero, and only then takes the
-//! queue's lock and wakes. Both act on one word, so one comes first: either the waiter sees zero, or
-//! the leaver sees the bit and finds the waiter asleep. Nobody waiting, no wake-up.
+//! queue's lock and wakes. Both act on one word, so one comes first: either the waiter sees zero,
+//! or the leaver sees the bit and finds the waiter asleep. Nobody waiting, no wake-up.
 
 use std::ops::DerefMut;
 use std::sync::Arc;
@@ -45,8 +45,8 @@ impl WaitQueue {
     /// Sleeps until `over` says so; it is asked under the queue's lock, first at once and then
     /// after each wake-up. Says whether it slept.
     ///
-    /// On whatever way out, if nobody else sleeps here, `unmark` is called, still under the lock: who
-    /// marks in `over` that somebody waits takes the mark back there, and nobody's is lost.
+    /// On whatever way out, if nobody else sleeps here, `unmark` is called, still under the lock:
+    /// who marks in `over` that somebody waits takes the mark back there, and nobody's is lost.
     pub(crate) fn wait_until(
         &self,
         deadline: Option<Instant>,

@@ -2,9 +2,9 @@
 //!
 //! Each item shows a program that must not compile, with the code of the error that stops it, and
 //! then the same program put right. The second differs from the first in what the guarantee is
-//! about and in nothing else, so the first fails for that reason and no other. The codes are checked
-//! where documentation tests run on a nightly compiler; a stable one checks only that the first
-//! fails and the second passes.
+//! about and in nothing else, so the first fails for that reason and no other. The codes are
+//! checked where documentation tests run on a nightly compiler; a stable one checks only that the
+//! first fails and the second passes.
 //!
 //! One more is kept inside this crate, out of reach of a documentation test: to call a notifier
 //! while the registry lock is held does not compile, because the call wants a witness that the

@@ -236,7 +236,8 @@ impl Core {
         // count that was raised before it.
         let acquire = relaxed_if(mutant!("relaxed_begin_sequence"), Ordering::Acquire);
         let sequence = self.sequence.load(acquire);
-        // Acquire: pairs with the Release in `lower`, in `mark`, and where `settle` takes a mark back.
+        // Acquire: pairs with the Release in `lower`, in `mark`, and where `settle` takes a mark
+        // back.
         let acquire = relaxed_if(mutant!("relaxed_begin_state"), Ordering::Acquire);
         let state = self.state.load(acquire);
         // A reader that gave up may have left its mark, which is of no account here.
@@ -402,8 +403,8 @@ impl<N: Notifier> NodeOf<N> {
         callback(CallbackKind::Invalidate, self.name(), || fence.wait());
     }
 
-    /// Sends every read section under way to its retry, and makes the device stop using the range of
-    /// the subscription, or what `new` drops of it.
+    /// Sends every read section under way to its retry, and makes the device stop using the range
+    /// of the subscription, or what `new` drops of it.
     pub(crate) fn stop(&self, no_locks: &NoLocks, new: Option<VaRange>) {
         let mut guard = self.lock(context::thread_number());
         let old = guard.slot.range;
@@ -506,8 +507,8 @@ impl<N: Notifier> Node for NodeOf<N> {
 }
 
 impl<N: Notifier> Orphan for NodeOf<N> {
-    /// Drops the notifier of a subscription that was dropped inside a callback. On a thread that may
-    /// have nothing to do with it, so a panic there is as fatal as one in a callback.
+    /// Drops the notifier of a subscription that was dropped inside a callback. On a thread that
+    /// may have nothing to do with it, so a panic there is as fatal as one in a callback.
     fn end(&self) {
         let notifier = self.take();
         callback(CallbackKind::Release, self.name(), || drop(notifier));

@@ -104,8 +104,8 @@ pub trait Notifier: Send + 'static {
     ///
     /// Runs exactly once, from [`Subscriptions::release`](crate::Subscriptions::release), unless
     /// the notifier was handed back by
-    /// [`Subscription::unsubscribe`](crate::Subscription::unsubscribe) before. Every device has been
-    /// told to stop using everything, all of this subscription's operations have ended, and no
+    /// [`Subscription::unsubscribe`](crate::Subscription::unsubscribe) before. Every device has
+    /// been told to stop using everything, all of this subscription's operations have ended, and no
     /// translation can be committed any more. It may wait for its own workers; it must not announce
     /// a change itself (D06).
     fn release(self)
@@ -117,16 +117,16 @@ pub trait Notifier: Send + 'static {
 
 /// A notifier that also hears of the end of a change.
 ///
-/// For devices that must hold off all faults while a change runs, and cannot use read sections. Made
-/// known by [`Subscriptions::subscribe_paired`](crate::Subscriptions::subscribe_paired).
+/// For devices that must hold off all faults while a change runs, and cannot use read sections.
+/// Made known by [`Subscriptions::subscribe_paired`](crate::Subscriptions::subscribe_paired).
 pub trait PairedNotifier: Notifier {
     /// Hears that the change announced by `event` is over.
     ///
     /// Called once for each start that this subscriber was told of, also where a later subscriber
-    /// refused a non-blockable event and there was no change (acceptance X01), and for what a smaller
-    /// range gives up. Not called for a start it did not hear of, nor after it unsubscribed (X02);
-    /// the [`Release`](crate::EventKind::Release) with which it or the address space ends has no end. Same rules and same lock as
-    /// [`invalidate`](Notifier::invalidate).
+    /// refused a non-blockable event and there was no change (acceptance X01), and for what a
+    /// smaller range gives up. Not called for a start it did not hear of, nor after it unsubscribed
+    /// (X02); the [`Release`](crate::EventKind::Release) with which it or the address space ends
+    /// has no end. Same rules and same lock as [`invalidate`](Notifier::invalidate).
     fn invalidate_range_end(&mut self, event: &Event);
 }
 

@@ -34,8 +34,8 @@ use crate::subscriptions::{Released, Subscriptions};
 ///
 /// Dropped inside a callback, where nothing may wait, a subscription ends when the thread has left
 /// its callbacks, and before the announcement or release in whose callback it was dropped returns:
-/// its device has stopped, and no new call or operation begins. Its notifier is dropped then, or, if
-/// calls or operations are under way, by the last of them; a panic of that drop is fatal.
+/// its device has stopped, and no new call or operation begins. Its notifier is dropped then, or,
+/// if calls or operations are under way, by the last of them; a panic of that drop is fatal.
 #[must_use = "dropping a subscription ends it"]
 #[doc(alias = "mmu_interval_notifier")]
 pub struct Subscription<N: Notifier> {
@@ -195,8 +195,8 @@ impl<N: Notifier> Subscription<N> {
     /// Every event reaches the subscription by its old or by its new range. Addresses that the new
     /// range does not hold are invalidated first, as
     /// [`EventKind::Release`](crate::EventKind::Release). Read sections that began before fail
-    /// their commit; new ones wait until the change is done and until the announcements under way in
-    /// the new range are over. The kernel has no such call (features F19).
+    /// their commit; new ones wait until the change is done and until the announcements under way
+    /// in the new range are over. The kernel has no such call (features F19).
     ///
     /// # Errors
     ///
@@ -420,8 +420,8 @@ impl<N: Notifier> Handle<N> {
     /// Begins an operation that uses the address space: a migration, a fault being served.
     ///
     /// [`release`](Subscriptions::release) of the address space and the end of the subscription
-    /// wait until it has ended, and never cut it short (acceptance D02-D05). Whoever is told to stop
-    /// meanwhile must let it end: it may announce changes as long as it lives.
+    /// wait until it has ended, and never cut it short (acceptance D02-D05). Whoever is told to
+    /// stop meanwhile must let it end: it may announce changes as long as it lives.
     ///
     /// # Errors
     ///

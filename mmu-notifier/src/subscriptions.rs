@@ -116,8 +116,8 @@ pub enum SubscribeError {
     /// The address space dies or has died.
     #[error("the address space has been released")]
     Released,
-    /// The limit of [`Subscriptions::with_limit`] is reached, or that of any address space: 2^32 - 64
-    /// subscriptions.
+    /// The limit of [`Subscriptions::with_limit`] is reached, or that of any address space: 2^32 -
+    /// 64 subscriptions.
     #[error("the address space already has as many subscriptions as its limit allows")]
     Limit,
     /// There is no memory for another entry.
@@ -700,8 +700,8 @@ impl Subscriptions {
         registry.releasing.as_ref().map(|(_, node)| Arc::clone(node))
     }
 
-    /// Puts the node that a release was at when its deadline passed back into the index, so that its
-    /// owner can unsubscribe it although nobody calls release again.
+    /// Puts the node that a release was at when its deadline passed back into the index, so that
+    /// its owner can unsubscribe it although nobody calls release again.
     fn relink_given_up(&self, registry: &mut Registry) -> Option<Arc<dyn Node>> {
         if mutant!("release_gives_up_for_good") {
             return None;
@@ -743,9 +743,9 @@ impl Subscriptions {
         Some(Handle::new(Arc::clone(self), node))
     }
 
-    /// Returns how many subscriptions exist, those included that have ended and are still held: by a
-    /// [`Handle`], or for a moment by a thread that looks whether they have ended. For leak checks
-    /// (acceptance B06).
+    /// Returns how many subscriptions exist, those included that have ended and are still held: by
+    /// a [`Handle`], or for a moment by a thread that looks whether they have ended. For leak
+    /// checks (acceptance B06).
     pub fn live(&self) -> usize {
         Arc::strong_count(&self.live) - 1
     }
@@ -772,8 +772,8 @@ impl Subscriptions {
             // The index has not been empty since, so this holds for whoever subscribes from now.
             registry.settled = true;
         }
-        // Release: pairs with the Acquire in `Core::try_begin`. A reader that finds the mark gone sees
-        // what the drained announcements changed, which `drain` acquired.
+        // Release: pairs with the Acquire in `Core::try_begin`. A reader that finds the mark gone
+        // sees what the drained announcements changed, which `drain` acquired.
         let release = relaxed_if(mutant!("relaxed_settle"), Ordering::Release);
         node.core().state.fetch_and(!UNSETTLED, release);
         Ok(slept)

@@ -416,8 +416,8 @@ fn a10_nothing_allocates_under_the_registry_lock_in_a_crowd() {
     }
 }
 
-/// Where there is no memory for another entry, the notifier comes back and nothing has changed; when
-/// there is memory, subscribing works (A10, E21).
+/// Where there is no memory for another entry, the notifier comes back and nothing has changed;
+/// when there is memory, subscribing works (A10, E21).
 #[test]
 fn a10_e21_a_failed_growth_leaves_no_trace() {
     introduce_thread();
@@ -487,8 +487,8 @@ fn assert_announcements_untouched<N: Notifier>(notifier: impl Fn(usize) -> N) {
     }
 }
 
-/// A change allocates nothing, whether nobody hears of it or up to eight do, and neither does a read
-/// section (A15).
+/// A change allocates nothing, whether nobody hears of it or up to eight do, and neither does a
+/// read section (A15).
 #[test]
 fn a15_an_announcement_allocates_nothing() {
     assert_announcements_untouched(Plain);

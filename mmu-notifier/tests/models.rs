@@ -19,8 +19,8 @@ fn model(f: impl Fn() + Sync + Send + 'static) {
     bounded_model(0, usize::MAX, f);
 }
 
-/// Explores `f` with at least and at most so many preemptions: where two do not reach what the model
-/// is about, or where three threads with much to do would take minutes.
+/// Explores `f` with at least and at most so many preemptions: where two do not reach what the
+/// model is about, or where three threads with much to do would take minutes.
 fn bounded_model(least: usize, most: usize, f: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     let bound = builder.preemption_bound.unwrap_or(2);
@@ -181,8 +181,8 @@ fn read_section_against_two_overlapping_invalidations() {
     });
 }
 
-/// One change against faults in a row: it refuses two at most, one that begins between its count and
-/// its callback, and one whose looks at sequence and count lie on its two sides.
+/// One change against faults in a row: it refuses two at most, one that begins between its count
+/// and its callback, and one whose looks at sequence and count lie on its two sides.
 #[test]
 fn read_section_against_an_invalidation() {
     model(|| {
@@ -541,8 +541,8 @@ fn unsubscribe_against_release() {
     });
 }
 
-/// Seed 001, step by step and in both orders: thread A closes the file (unregisters the mirror, then
-/// the device, and frees it), thread B exits (B09, B10, B12, B16, C01).
+/// Seed 001, step by step and in both orders: thread A closes the file (unregisters the mirror,
+/// then the device, and frees it), thread B exits (B09, B10, B12, B16, C01).
 #[test]
 fn seed_001_threads_a_and_b() {
     model(|| {
@@ -693,8 +693,8 @@ fn read_section_against_release() {
     });
 }
 
-/// A release that runs into its deadline, while another thread announces, leaves the subscription to
-/// its owner, who ends it although nobody calls release again; and it can be called again.
+/// A release that runs into its deadline, while another thread announces, leaves the subscription
+/// to its owner, who ends it although nobody calls release again; and it can be called again.
 #[test]
 fn release_given_up_at_its_deadline() {
     model(|| {

@@ -67,8 +67,8 @@ fn x01_an_interval_that_refuses_ends_the_announcement() {
     });
 }
 
-/// Two subscribers hear of a start; one unsubscribes before the end. The other hears of the end, the
-/// first does not, and what it counted is its own to settle: it has its notifier back.
+/// Two subscribers hear of a start; one unsubscribes before the end. The other hears of the end,
+/// the first does not, and what it counted is its own to settle: it has its notifier back.
 #[test]
 fn x02_who_unsubscribes_within_a_change_hears_of_no_end() {
     watched(|| {
@@ -107,8 +107,8 @@ fn x03_handles_are_counted_and_keep_no_subscription_alive() {
 }
 
 /// Another's subscription is dropped inside a callback, where nothing may wait: it ends when the
-/// thread has left the callback, and has ended, its notifier freed, before the announcement returns.
-/// To unsubscribe there instead is refused as waiting for oneself.
+/// thread has left the callback, and has ended, its notifier freed, before the announcement
+/// returns. To unsubscribe there instead is refused as waiting for oneself.
 #[test]
 fn x03_x04_a_subscription_dropped_inside_a_callback() {
     watched(|| {
@@ -149,8 +149,8 @@ fn x03_x04_a_subscription_dropped_inside_a_callback() {
     });
 }
 
-/// The same inside the stop that unsubscribing tells a device, where the unsubscription then gives up
-/// at its deadline: what was dropped inside has ended all the same.
+/// The same inside the stop that unsubscribing tells a device, where the unsubscription then gives
+/// up at its deadline: what was dropped inside has ended all the same.
 #[test]
 fn x04_what_is_dropped_inside_a_stop_ends_though_the_caller_gives_up() {
     watched(|| {
@@ -242,7 +242,8 @@ fn x05_an_announcement_waits_for_its_fences_without_the_lock() {
 }
 
 /// Six announcements have each been given a fence by one subscriber, more than it has room for, and
-/// are held up by a second one before they wait. Then each waits for the fence of its own call, once.
+/// are held up by a second one before they wait. Then each waits for the fence of its own call,
+/// once.
 #[test]
 fn x05_a_fence_belongs_to_one_call() {
     watched(|| {
@@ -274,8 +275,8 @@ fn x05_a_fence_belongs_to_one_call() {
     });
 }
 
-/// A later subscriber refuses a non-blockable event: the fences that were returned before are waited
-/// for, once each and in order, before the refusal comes back.
+/// A later subscriber refuses a non-blockable event: the fences that were returned before are
+/// waited for, once each and in order, before the refusal comes back.
 #[test]
 fn x05_fences_are_waited_for_where_a_later_one_refuses() {
     watched(|| {
@@ -391,8 +392,8 @@ fn x07_an_owner_ignores_its_own_migrations() {
 }
 
 /// One wide subscription keeps many narrow ranges, each valid or not. Validity is decided under the
-/// notifier's lock, as the last step before what is committed: a change to one narrow range sends the
-/// section of another to its retry, which then commits, while the one that changed does not.
+/// notifier's lock, as the last step before what is committed: a change to one narrow range sends
+/// the section of another to its retry, which then commits, while the one that changed does not.
 #[test]
 fn x08_validity_is_per_range_and_decided_under_the_lock() {
     /// Each narrow range by its page, with whether it is valid.

@@ -1053,8 +1053,8 @@ fn ranges_are_sets_of_addresses() {
     }
 }
 
-/// A range made of a start and a length, or of Rust's ranges, is the same range; what would be empty
-/// or wrap is refused.
+/// A range made of a start and a length, or of Rust's ranges, is the same range; what would be
+/// empty or wrap is refused.
 #[test]
 fn ranges_are_made_of_what_fits() {
     for range in all_ranges() {

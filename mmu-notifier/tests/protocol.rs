@@ -211,8 +211,8 @@ fn a06_a_dying_space_takes_no_subscriber() {
     });
 }
 
-/// The address space dies first and the driver unsubscribes afterwards, from another thread: nothing
-/// is waited for, and there is nothing to hand back.
+/// The address space dies first and the driver unsubscribes afterwards, from another thread:
+/// nothing is waited for, and there is nothing to hand back.
 #[test]
 fn a08_unsubscribing_after_the_death_is_safe() {
     watched(|| {
@@ -376,8 +376,8 @@ fn a15_an_announcement_to_nobody_is_only_counted() {
     });
 }
 
-/// A thread panics under the notifier's lock, and another unsubscribes while it unwinds from a panic
-/// of its own. Both ends come about: the device is told, and the notifier is handed back.
+/// A thread panics under the notifier's lock, and another unsubscribes while it unwinds from a
+/// panic of its own. Both ends come about: the device is told, and the notifier is handed back.
 #[test]
 fn a16_unsubscribing_cannot_fail() {
     watched(|| {
@@ -456,8 +456,8 @@ fn e01_a_commit_fails_exactly_if_a_change_came_between() {
     });
 }
 
-/// The commit waits for an invalidation that is inside the notifier, and then fails. An invalidation
-/// waits for an update that is under the lock, and then undoes what it wrote.
+/// The commit waits for an invalidation that is inside the notifier, and then fails. An
+/// invalidation waits for an update that is under the lock, and then undoes what it wrote.
 #[test]
 fn e02_commit_and_invalidation_take_the_same_lock() {
     watched(|| {
@@ -559,7 +559,8 @@ fn e10_a_reader_that_gave_up_leaves_nothing_behind() {
     });
 }
 
-/// Ten readers sleep while their range changes. One end wakes them all, and each commits in the end.
+/// Ten readers sleep while their range changes. One end wakes them all, and each commits in the
+/// end.
 #[test]
 fn e10_one_end_wakes_every_reader() {
     watched(|| {
@@ -614,8 +615,8 @@ fn e11_every_overlapping_subscriber_hears_once() {
     });
 }
 
-/// Three intervals, the middle one refuses whatever it may. A blockable announcement gives it no way
-/// to: all three are invalidated and the change goes on.
+/// Three intervals, the middle one refuses whatever it may. A blockable announcement gives it no
+/// way to: all three are invalidated and the change goes on.
 #[test]
 fn e12_a_blockable_announcement_is_not_refused() {
     watched(|| {
@@ -632,8 +633,8 @@ fn e12_a_blockable_announcement_is_not_refused() {
 }
 
 /// Three intervals, the middle one refuses a non-blockable announcement, by itself or because its
-/// lock is held. The third is not told, nothing is under way afterwards, every reader begins at once,
-/// and the section of a device that was not told still commits.
+/// lock is held. The third is not told, nothing is under way afterwards, every reader begins at
+/// once, and the section of a device that was not told still commits.
 #[test]
 fn e13_a_refused_announcement_leaves_nothing_behind() {
     watched(|| {
@@ -705,8 +706,8 @@ fn e14_e23_a_subscriber_amid_a_change_trusts_nothing_and_misses_nothing() {
 }
 
 /// A subscription moves to a range that is changing, while a section is under way: the section
-/// fails, no other begins until that change is over, and the end of the change leaves nothing behind
-/// at the old range or the new.
+/// fails, no other begins until that change is over, and the end of the change leaves nothing
+/// behind at the old range or the new.
 #[test]
 fn e14_a_subscription_that_moves_into_a_change() {
     watched(|| {
@@ -857,8 +858,8 @@ fn e20_each_subscription_takes_and_drops_one_reference() {
     });
 }
 
-/// Every way in which subscribing fails without an allocator's help: an empty range, one that wraps,
-/// a full space, a dead one. Nothing was changed and the notifier comes back.
+/// Every way in which subscribing fails without an allocator's help: an empty range, one that
+/// wraps, a full space, a dead one. Nothing was changed and the notifier comes back.
 #[test]
 fn e21_a_refused_subscription_leaves_no_trace() {
     watched(|| {

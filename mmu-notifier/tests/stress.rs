@@ -2,8 +2,8 @@
 //! `--cfg shuttle` on a few whose schedule is drawn at random.
 //!
 //! An ordinary run is repeated, as far as it can be, with `STRESS_SEED=...` from its output; a
-//! failure under shuttle prints the schedule that `shuttle::replay` takes. Besides, a few races that
-//! were once lost, each by itself.
+//! failure under shuttle prints the schedule that `shuttle::replay` takes. Besides, a few races
+//! that were once lost, each by itself.
 #![cfg(not(loom))]
 
 use std::sync::Arc;
@@ -845,8 +845,8 @@ mod races {
         subscription.read_begin_deadline(Instant::now() + PATIENCE).unwrap().commit().is_ok()
     }
 
-    /// Who gave up waiting for a change leaves nothing behind: when the change is over, the next read
-    /// section commits.
+    /// Who gave up waiting for a change leaves nothing behind: when the change is over, the next
+    /// read section commits.
     #[test]
     fn e10_a_reader_that_gave_up_leaves_no_trace() {
         let space = Subscriptions::new();
@@ -870,8 +870,8 @@ mod races {
         assert!(commits(&subscription), "nothing is under way: {space:#?}");
     }
 
-    /// Who unsubscribes while a release is telling the devices one after the other to stop is out of
-    /// the index only when its own device has stopped: else a change is announced to nobody.
+    /// Who unsubscribes while a release is telling the devices one after the other to stop is out
+    /// of the index only when its own device has stopped: else a change is announced to nobody.
     #[test]
     fn b13_unsubscribing_under_a_release_stops_the_device_first() {
         let space = Subscriptions::new();

@@ -111,8 +111,8 @@ fn b02_no_device_loads_from_a_freed_frame() {
     });
 }
 
-/// Each way in which a mirror is told of a release: death, unsubscribing, dropping (as a driver does
-/// on a device error), giving up a part of the range. The event and the call say which it is.
+/// Each way in which a mirror is told of a release: death, unsubscribing, dropping (as a driver
+/// does on a device error), giving up a part of the range. The event and the call say which it is.
 #[test]
 fn b03_who_is_told_of_a_release_and_how() {
     watched(|| {
@@ -216,8 +216,8 @@ fn b06_nothing_is_left_after_ten_thousand_rounds() {
     });
 }
 
-/// When the last mirror of an address space has gone, the space is as unused as a new one, and takes
-/// the next mirror as it took the first.
+/// When the last mirror of an address space has gone, the space is as unused as a new one, and
+/// takes the next mirror as it took the first.
 #[test]
 fn b07_the_last_mirror_leaves_the_space_idle() {
     watched(|| {
@@ -238,7 +238,8 @@ fn b07_the_last_mirror_leaves_the_space_idle() {
 }
 
 /// Unsubscribing and death, at the same instant, a hundred times: the notifier is handed back or
-/// released, never both, and is dropped once. The outcome does not depend on what debug builds check.
+/// released, never both, and is dropped once. The outcome does not depend on what debug builds
+/// check.
 #[test]
 fn b08_c08_a_mirror_is_killed_once() {
     watched(|| {
@@ -268,8 +269,8 @@ fn b08_c08_a_mirror_is_killed_once() {
 }
 
 /// Seed 001 step by step. B: the address space dies, and is stopped inside the mirror's release,
-/// which still has the device. A: unsubscribes, and does not return; the device is busy, at once and
-/// after a while. B goes on; A returns; the device is A's by value.
+/// which still has the device. A: unsubscribes, and does not return; the device is busy, at once
+/// and after a while. B goes on; A returns; the device is A's by value.
 #[test]
 fn b09_c01_a_device_is_busy_while_a_death_still_has_it() {
     struct Mirror(DeviceRef<Arc<AtomicU64>>, common::Stop);
@@ -359,7 +360,8 @@ fn b10_b11_b12_to_have_heard_of_the_release_is_not_its_end() {
 }
 
 /// Seed 001 and 003: release is stopped inside the mirror's callback while the owner unsubscribes,
-/// waiting or with a deadline. It returns only after the callback has, and has nothing to hand back.
+/// waiting or with a deadline. It returns only after the callback has, and has nothing to hand
+/// back.
 #[test]
 fn b13_d12_unsubscribing_waits_for_a_running_release() {
     watched(|| {
@@ -607,8 +609,8 @@ fn c04_no_call_comes_after_unsubscribing() {
     });
 }
 
-/// A thread is stopped inside a mirror's callback, the owner unsubscribes and waits, the thread goes
-/// on. Once the owner has come back, the device is free without another wait.
+/// A thread is stopped inside a mirror's callback, the owner unsubscribes and waits, the thread
+/// goes on. Once the owner has come back, the device is free without another wait.
 #[test]
 fn c05_a_device_is_free_at_once_after_unsubscribing() {
     watched(|| {
@@ -700,9 +702,9 @@ fn c07_death_leaves_a_valid_subscription() {
     });
 }
 
-/// Seed 003. T1: release is inside the mirror's callback, which waits for a fault worker. The worker
-/// migrates: it announces changes over this range and others, subscribes, and unsubscribes. All of
-/// that goes through, and release finishes.
+/// Seed 003. T1: release is inside the mirror's callback, which waits for a fault worker. The
+/// worker migrates: it announces changes over this range and others, subscribes, and unsubscribes.
+/// All of that goes through, and release finishes.
 #[test]
 fn d01_no_lock_is_held_while_a_release_runs() {
     watched(|| {
@@ -925,8 +927,9 @@ fn b13_d12_unsubscribing_after_a_death_that_gave_up() {
     });
 }
 
-/// Three mirrors. All are told to stop first; then one is unlinked and released while the others are
-/// still linked, and so on. While the first is released nobody can be added, and each ends once.
+/// Three mirrors. All are told to stop first; then one is unlinked and released while the others
+/// are still linked, and so on. While the first is released nobody can be added, and each ends
+/// once.
 #[test]
 fn d08_one_after_the_other_is_unlinked_and_released() {
     watched(|| {

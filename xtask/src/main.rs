@@ -51,11 +51,11 @@ struct Arguments {
 enum Task {
     /// Run every check that the stable toolchain can run.
     ///
-    /// The steps are formatting, lints (also of what only the checkers build), documentation, the tests with debug checks (examples and
-    /// benchmarks included, each once), the tests of the documentation, the tests without debug
-    /// checks, and then `shuttle`, `loom` and `mutants`. The first step that fails ends the run.
-    /// At the end stands a table of the steps and a line `N passed, 0 failed`, where N counts
-    /// steps.
+    /// The steps are formatting, lints (also of what only the checkers build), documentation, the
+    /// tests with debug checks (examples and benchmarks included, each once), the tests of the
+    /// documentation, the tests without debug checks, and then `shuttle`, `loom` and `mutants`. The
+    /// first step that fails ends the run. At the end stands a table of the steps and a line `N
+    /// passed, 0 failed`, where N counts steps.
     Test {
         /// Leave a step out; may be given several times.
         #[arg(long, value_name = "STEP", value_parser = PossibleValuesParser::new(STEP_NAMES))]
