@@ -436,7 +436,8 @@ impl Subscriptions {
 
     fn start_recorded(&self, shard: usize, event: &Event) -> Result<Record, WouldBlock> {
         let mut no_locks = NoLocks::at_entry();
-        let (id, mut hits) = self.record(&mut no_locks, shard, event);
+        let mut hits = Hits::new();
+        let id = self.record(&mut no_locks, shard, event, &mut hits);
         #[cfg(mutant = "callback_under_the_registry_lock")]
         let registry = self.registry.read(&mut no_locks);
         let mut paired = Paired::new();
@@ -481,28 +482,27 @@ impl Subscriptions {
 
     /// Records an announcement and pins everybody it concerns, in one step as seen by whoever
     /// changes the registry.
-    fn record(&self, no_locks: &mut NoLocks, shard: usize, event: &Event) -> (u64, Hits) {
-        let mut hits = Hits::new();
+    fn record(&self, no_locks: &mut NoLocks, shard: usize, event: &Event, hits: &mut Hits) -> u64 {
         let active = &self.shards[shard].active;
         loop {
             let (wanted, full) = {
                 let registry = self.registry.read(no_locks);
-                let wanted = pin_overlapping(&registry.index, event.range(), &mut hits, |node| {
+                let wanted = pin_overlapping(&registry.index, event.range(), hits, |node| {
                     !event.is_own_doing_of(node.core().owner)
                 });
                 let id = if wanted > hits.len() { None } else { active.push(*event) };
                 if let Some(id) = id {
-                    for hit in &hits {
+                    for hit in hits.iter() {
                         hit.pin.core().raise(1);
                     }
-                    return (id, hits);
+                    return id;
                 }
                 (wanted, wanted == hits.len())
             };
             if full {
                 active.grow(no_locks);
             }
-            make_room(&mut hits, wanted);
+            make_room(hits, wanted);
         }
     }
 
