@@ -1,8 +1,8 @@
 //! The interval index: which entries overlap a range of addresses.
 //!
-//! [`Index`] is a balanced tree (AVL) of ranges in (start, key) order, each node knowing the
-//! greatest last address below it. Equal and overlapping ranges are welcome, up to 2^32 - 64 of
-//! them.
+//! [`Index`] is a B+-tree of ranges in (start, key) order, each inner node knowing the greatest
+//! last address below each of its children. Equal and overlapping ranges are welcome, up to
+//! 2^32 - 64 of them.
 //!
 //! # Why nothing here allocates under a lock
 //!
@@ -15,14 +15,29 @@
 //!
 //! # Layout
 //!
-//! Entries lie in slots of one cache line each, in chunks that double in size: chunk `k` holds
-//! `64 << k` slots, so slots never move and a slot number names its chunk by its highest bit. A
-//! chunk's memory is reserved once and touched from the bottom up. The slot of a removed entry is
-//! the first to be used again.
+//! An entry is two things: a slot, which holds its range and its value, never moves, and whose
+//! number is the key; and an [`Item`] in a leaf of the tree, which holds its range and its key, and
+//! which moves as nodes split and merge. No slot knows its leaf: to find it is to go down the tree
+//! by start and key, so that an item that moves leaves its slot untouched.
 //!
-//! A node holds a summary of each of its two subtrees (root, height, greatest last address), so
-//! that whether to go down, and whether to rebalance, is decided without a look at a child: a step
-//! down the tree costs one cache miss.
+//! Slots and nodes lie in chunks that double in size: chunk `k` holds `64 << k` slots and
+//! `11 << k` nodes, so neither ever moves. A chunk's memory is reserved once and touched from the
+//! bottom up. The slot of a removed entry is the first to be used again, and so is a node that is
+//! no longer needed.
+//!
+//! Leaves and inner nodes are of one type, six cache lines of up to 15 items. It keeps the starts
+//! together, the last addresses together and so on, so that a step down the tree reads two or three
+//! lines, which are neighbours and which the processor can fetch at the same time.
+//!
+//! # Why the nodes suffice
+//!
+//! Each node but the root has 7 items or more, and each node but the root is an item of another.
+//! So `n` entries in `m` nodes are `n + m - 1` items, of which `7 (m - 1)` or more are in nodes
+//! other than the root: `6 (m - 1) <= n`, and `m <= 1 + n / 6`. The first `k` chunks hold
+//! `64 (2^k - 1)` slots and `11 (2^k - 1)` nodes, which is no less than `1 + 64 (2^k - 1) / 6`,
+//! rounded down. An insertion takes nodes and frees none, and a removal frees nodes and takes none,
+//! so that no more of them are in use at any time than before or after. Hence where there is a slot
+//! for an entry, there are the nodes for it too.
 //!
 //! # Cost
 //!
@@ -32,15 +47,24 @@
 //! never worse than O(log n + k log(n / k)): every node visited is on the path to the end of the
 //! range asked for, or has a hit at or below it.
 //!
+//! What takes time among very many entries is that memory is far away. All but the leaves and the
+//! slots is a tenth of the tree and mostly in some cache, so an operation waits for one leaf, and
+//! for one slot for each entry that it removes or finds.
+//!
 //! # Invariants
 //!
-//! 1. The nodes of the tree are in (start, key) order, strictly.
-//! 2. The heights of the two subtrees of a node differ by one at most.
-//! 3. Every [`Subtree`] tells the truth of the nodes it summarises.
-//! 4. Every slot in use is either in the tree and holds a value, or in the free list and holds
-//!    none. `len` counts the former.
-//! 5. The first `reserved` chunks have room for all their slots, and no other chunk has memory.
-//!    They are filled in order: slots `0..used` are there, the others were never touched.
+//! 1. All leaves are at the same depth: `height` counts the levels. It is 0 without a root, which
+//!    is before the first insertion.
+//! 2. Each node but the root has [`MIN`] to [`CAPACITY`] items. The root has no more either, but
+//!    may have as few as two where it is an inner node, and none where it is a leaf.
+//! 3. The items of the leaves are in (start, key) order, strictly. They are the entries.
+//! 4. The (start, key) of an item of an inner node is above every entry of the items before it, and
+//!    not above any entry below it. Its `last` is the greatest of the last addresses below it.
+//! 5. Every slot in use either holds an entry or is in the free list. `len` counts the former.
+//! 6. Every node in use is either in the tree or in the free list.
+//! 7. The first `reserved` chunks have room for all their slots and nodes, and no other chunk has
+//!    memory. They are filled in order: what is below `used` and `used_nodes` is there, the rest was
+//!    never touched.
 
 use std::collections::TryReserveError;
 
@@ -49,25 +73,55 @@ use crate::va_range::VaRange;
 /// How many slots the first chunk holds; each further one holds twice as many as the one before.
 const FIRST_CHUNK: u32 = 64;
 
+/// How many nodes the first chunk holds; each further one holds twice as many as the one before.
+const FIRST_NODES: u32 = 11;
+
+/// How many numbers of nodes the first chunk has, and the others in proportion. It is a power of
+/// two, so that the chunk is the highest bit; what is more than the nodes names no node.
+const FIRST_NUMBERS: u32 = 16;
+
 /// How many chunks there can be: with one more, slots would outnumber 32 bits.
 const MAX_CHUNKS: usize = 26;
 
-/// The slot number that names no slot. All chunks together hold fewer slots than this.
+/// The number that names no slot and no node. All chunks together hold fewer than this.
 const NIL: u32 = u32::MAX;
+
+/// The greatest number of items of a node.
+const CAPACITY: usize = 15;
+
+/// The smallest number of items of a node that is not the root.
+const MIN: usize = 7;
+
+/// The greatest number of levels: with one more, there were `2 * 7^12` entries or more.
+const MAX_HEIGHT: usize = 12;
+
+const _: () = assert!(2 * (MIN as u64).pow(MAX_HEIGHT as u32) > 1 << 32);
+// A full node and one item more are enough for two nodes.
+const _: () = assert!(CAPACITY.div_ceil(2) > MIN && CAPACITY / 2 >= MIN);
+// A node that is one short and a sibling that can spare none fit in one node, with room left.
+const _: () = assert!(2 * MIN - 1 < CAPACITY);
 
 /// A map from ranges to values that finds the entries overlapping a range.
 ///
 /// To drop it is to free its memory, and to drop the values that are left.
 pub(crate) struct Index<T> {
     chunks: [Vec<Slot<T>>; MAX_CHUNKS],
+    node_chunks: [Vec<Node>; MAX_CHUNKS],
     /// How many chunks have memory.
     reserved: usize,
     /// How many slots have been used at least once.
     used: u32,
     /// The first slot of the free list, or [`NIL`].
     free: u32,
+    /// The lowest number of a node that was never used.
+    used_nodes: u32,
+    /// The first node of the free list, or [`NIL`].
+    free_nodes: u32,
     len: u32,
-    tree: Subtree,
+    /// The topmost node, or [`NIL`] before the first insertion.
+    root: u32,
+    /// How many levels the tree has.
+    height: usize,
 }
 
 /// The name of an entry, from its insertion to its removal.
@@ -81,6 +135,7 @@ pub(crate) struct Key(pub(crate) u32);
 pub(crate) struct Growth<T> {
     chunk: usize,
     slots: Vec<Slot<T>>,
+    nodes: Vec<Node>,
 }
 
 /// Why there is no [`Growth`].
@@ -107,7 +162,11 @@ impl<T> Growth<T> {
         slots
             .try_reserve_exact((FIRST_CHUNK as usize) << chunk)
             .map_err(GrowthError::OutOfMemory)?;
-        Ok(Growth { chunk, slots })
+        let mut nodes = Vec::new();
+        nodes
+            .try_reserve_exact((FIRST_NODES as usize) << chunk)
+            .map_err(GrowthError::OutOfMemory)?;
+        Ok(Growth { chunk, slots, nodes })
     }
 }
 
@@ -116,11 +175,15 @@ impl<T> Index<T> {
     pub(crate) const fn new() -> Index<T> {
         Index {
             chunks: [const { Vec::new() }; MAX_CHUNKS],
+            node_chunks: [const { Vec::new() }; MAX_CHUNKS],
             reserved: 0,
             used: 0,
             free: NIL,
+            used_nodes: 0,
+            free_nodes: NIL,
             len: 0,
-            tree: Subtree::EMPTY,
+            root: NIL,
+            height: 0,
         }
     }
 
@@ -136,7 +199,7 @@ impl<T> Index<T> {
 
     /// Tells whether [`Index::grow`] must come before the next [`Index::insert`].
     pub(crate) fn is_full(&self) -> bool {
-        self.free == NIL && self.used == first_slot(self.reserved)
+        self.free == NIL && self.used == first(self.reserved, FIRST_CHUNK)
     }
 
     /// Returns the number of the chunk that [`Index::grow`] takes next.
@@ -145,9 +208,11 @@ impl<T> Index<T> {
     }
 
     /// Returns the bytes of memory that the index has reserved on the heap.
-    #[cfg(test)]
+    #[cfg(all(test, not(any(loom, shuttle))))]
     pub(crate) fn heap_bytes(&self) -> usize {
-        self.chunks.iter().map(|chunk| chunk.capacity() * size_of::<Slot<T>>()).sum()
+        let slots: usize = self.chunks.iter().map(Vec::capacity).sum();
+        let nodes: usize = self.node_chunks.iter().map(Vec::capacity).sum();
+        slots * size_of::<Slot<T>>() + nodes * size_of::<Node>()
     }
 
     /// Takes over `growth` if it is the chunk that comes next, even where there is room left. Else,
@@ -158,6 +223,7 @@ impl<T> Index<T> {
             return Some(growth);
         }
         self.chunks[growth.chunk] = growth.slots;
+        self.node_chunks[growth.chunk] = growth.nodes;
         self.reserved += 1;
         None
     }
@@ -169,22 +235,22 @@ impl<T> Index<T> {
     /// Where the index [is full](Index::is_full).
     pub(crate) fn insert(&mut self, range: VaRange, value: T) -> Key {
         assert!(!self.is_full(), "the index is full: it must grow before an insertion");
-        let slot = Slot { range, value: Some(value), below: [Subtree::EMPTY; 2] };
+        let slot = Slot { start: range.start(), last: range.last(), value: Some(value) };
         let at = if self.free == NIL {
             let at = self.used;
-            self.chunks[place(at).0].push(slot);
+            self.chunks[place(at, FIRST_CHUNK).0].push(slot);
             self.used += 1;
             at
         } else {
             let at = self.free;
             let reused = self.slot_mut(at);
-            let next_free = reused.below(Side::Left).root;
+            let next = reused.start as u32;
             *reused = slot;
-            self.free = next_free;
+            self.free = next;
             at
         };
         self.len += 1;
-        self.tree = self.link(self.tree, at, range);
+        self.link(Key(at), range);
         Key(at)
     }
 
@@ -195,12 +261,12 @@ impl<T> Index<T> {
     /// Where `key` names no entry.
     pub(crate) fn remove(&mut self, key: Key) -> T {
         let start = self.range(key).start();
-        self.tree = self.unlink(self.tree, key.0, start);
-        self.len -= 1;
-        let next_free = Subtree { root: self.free, ..Subtree::EMPTY };
+        self.unlink(key, start);
+        let next = u64::from(self.free);
         self.free = key.0;
+        self.len -= 1;
         let slot = self.slot_mut(key.0);
-        slot.below = [next_free, Subtree::EMPTY];
+        slot.start = next;
         slot.value.take().expect(NO_ENTRY)
     }
 
@@ -211,11 +277,10 @@ impl<T> Index<T> {
     /// Where `key` names no entry.
     pub(crate) fn set_range(&mut self, key: Key, range: VaRange) {
         let start = self.range(key).start();
-        self.tree = self.unlink(self.tree, key.0, start);
+        self.unlink(key, start);
         let slot = self.slot_mut(key.0);
-        slot.range = range;
-        slot.below = [Subtree::EMPTY; 2];
-        self.tree = self.link(self.tree, key.0, range);
+        (slot.start, slot.last) = (range.start(), range.last());
+        self.link(key, range);
     }
 
     /// Returns the range of an entry.
@@ -226,7 +291,7 @@ impl<T> Index<T> {
     pub(crate) fn range(&self, key: Key) -> VaRange {
         let slot = self.slot(key.0);
         assert!(slot.value.is_some(), "{NO_ENTRY}");
-        slot.range
+        slot.range()
     }
 
     /// Returns the value of an entry.
@@ -234,150 +299,225 @@ impl<T> Index<T> {
     /// # Panics
     ///
     /// Where `key` names no entry.
-    #[cfg(test)]
+    #[cfg(all(test, not(any(loom, shuttle))))]
     pub(crate) fn get(&self, key: Key) -> &T {
         self.slot(key.0).value()
     }
 
     /// Returns the entry that is lowest in (start, key) order, if there is an entry.
     pub(crate) fn first(&self) -> Option<Key> {
-        let mut first = None;
-        let mut at = self.tree.root;
-        while at != NIL {
-            first = Some(Key(at));
-            at = self.slot(at).below(Side::Left).root;
+        if self.root == NIL {
+            return None;
         }
-        first
+        let mut node = self.node(self.root);
+        for _ in 1..self.height {
+            node = self.node(node.children[0]);
+        }
+        (node.len() > 0).then_some(Key(node.keys[0]))
     }
 
     /// Calls `found` for each entry that shares an address with `range`, in (start, key) order.
     pub(crate) fn overlapping(&self, range: VaRange, mut found: impl FnMut(Key, VaRange, &T)) {
-        if self.tree.last >= range.start() {
-            self.visit(self.tree.root, range, &mut found);
+        if self.root != NIL {
+            self.visit(self.root, self.height, range, &mut found);
         }
     }
 
-    /// [`Index::overlapping`], for the subtree of the node `at`.
-    fn visit(&self, mut at: u32, range: VaRange, found: &mut impl FnMut(Key, VaRange, &T)) {
-        while at != NIL {
-            let slot = self.slot(at);
-            let left = slot.below(Side::Left);
-            if left.last >= range.start() {
-                self.visit(left.root, range, found);
+    /// [`Index::overlapping`], for the node `at`, below which there are `height` levels, its own
+    /// included. It calls itself once a level, so [`MAX_HEIGHT`] times at most.
+    fn visit(
+        &self,
+        at: u32,
+        height: usize,
+        range: VaRange,
+        found: &mut impl FnMut(Key, VaRange, &T),
+    ) {
+        let node = self.node(at);
+        let (start, last) = (range.start(), range.last());
+        for i in 0..node.len() {
+            if node.starts[i] > last {
+                return; // and so does everything after it
             }
-            if slot.range.start() > range.last() {
-                return; // and so does everything to the right
+            if node.lasts[i] < start {
+                continue;
             }
-            if slot.range.last() >= range.start() {
-                found(Key(at), slot.range, slot.value());
+            if height > 1 {
+                self.visit(node.children[i], height - 1, range, found);
+            } else {
+                let key = node.keys[i];
+                let slot = self.slot(key);
+                found(Key(key), slot.range(), slot.value());
             }
-            let right = slot.below(Side::Right);
-            if right.last < range.start() {
+        }
+    }
+
+    /// Adds the item of an entry to the tree.
+    fn link(&mut self, key: Key, range: VaRange) {
+        let mut new = Item { start: range.start(), last: range.last(), key: key.0, child: NIL };
+        if self.root == NIL {
+            self.root = self.take_node(Node::of(&[new]));
+            self.height = 1;
+            return;
+        }
+
+        // Down to the leaf, the new entry being told to all above it.
+        let mut path = [(NIL, 0); MAX_HEIGHT];
+        let mut level = self.height - 1;
+        let mut at = self.root;
+        for step in &mut path[..level] {
+            let node = self.node_mut(at);
+            let i = node.child_of(new.start, new.key);
+            if (new.start, new.key) < (node.starts[i], node.keys[i]) {
+                (node.starts[i], node.keys[i]) = (new.start, new.key);
+            }
+            if new.last > node.lasts[i] {
+                node.lasts[i] = new.last;
+            }
+            *step = (at, i);
+            at = node.children[i];
+        }
+
+        // Up again, for as long as a node splits.
+        let mut position = self.node(at).below(new.start, new.key);
+        loop {
+            let node = self.node_mut(at);
+            if node.len() < CAPACITY {
+                node.insert(position, new);
                 return;
             }
-            at = right.root;
+            let right = node.split(position, new);
+            let left = node.summary(at);
+            new = right.summary(NIL);
+            new.child = self.take_node(right);
+            if level == 0 {
+                self.root = self.take_node(Node::of(&[left, new]));
+                self.height += 1;
+                return;
+            }
+            level -= 1;
+            let (parent, i) = path[level];
+            self.node_mut(parent).lasts[i] = left.last;
+            at = parent;
+            position = i + 1;
         }
     }
 
-    /// Adds the node `new`, which has this range and nothing below, to `tree`; returns what `tree`
-    /// has become. It calls itself once a level, so 46 times at most, as do its like below.
-    fn link(&mut self, tree: Subtree, new: u32, range: VaRange) -> Subtree {
-        if tree.root == NIL {
-            return Subtree { last: range.last(), root: new, height: 1 };
+    /// Takes the item of the entry `key`, which starts at `start`, out of the tree.
+    fn unlink(&mut self, key: Key, start: u64) {
+        let mut path = [(NIL, 0); MAX_HEIGHT];
+        let levels = self.height - 1;
+        let mut at = self.root;
+        for step in &mut path[..levels] {
+            let node = self.node(at);
+            let i = node.child_of(start, key.0);
+            *step = (at, i);
+            at = node.children[i];
         }
-        let side = self.side_of(tree.root, new, range.start());
-        let below = self.link(self.slot(tree.root).below(side), new, range);
-        self.replace(tree, side, below)
+        let leaf = self.node_mut(at);
+        let position = leaf.below(start, key.0);
+        let item = leaf.remove(position);
+        debug_assert_eq!((item.start, item.key), (start, key.0), "the tree lost an entry");
+
+        // Up again, for as long as something changes.
+        for &(parent, i) in path[..levels].iter().rev() {
+            let node = self.node(at);
+            if node.len() < MIN {
+                self.refill(parent, i);
+            } else {
+                let last = node.greatest_last();
+                let known = &mut self.node_mut(parent).lasts[i];
+                if *known == last {
+                    return;
+                }
+                *known = last;
+            }
+            at = parent;
+        }
+        let root = self.node(at);
+        if self.height > 1 && root.len() == 1 {
+            self.root = root.children[0];
+            self.height -= 1;
+            self.free_node(at);
+        }
     }
 
-    /// Takes the node `old`, which starts at `start`, out of `tree`; returns what `tree` has
-    /// become.
-    fn unlink(&mut self, tree: Subtree, old: u32, start: u64) -> Subtree {
-        if tree.root != old {
-            let side = self.side_of(tree.root, old, start);
-            let below = self.unlink(self.slot(tree.root).below(side), old, start);
-            return self.replace(tree, side, below);
-        }
-        let [left, right] = self.slot(old).below;
-        if left.root == NIL {
-            return right;
-        }
-        if right.root == NIL {
-            return left;
-        }
-        let (first, right) = self.unlink_first(right);
-        self.slot_mut(first).below = [left, right];
-        self.balance(first)
-    }
-
-    /// Takes the lowest node out of `tree`; returns it and what `tree` has become.
-    fn unlink_first(&mut self, tree: Subtree) -> (u32, Subtree) {
-        let [left, right] = self.slot(tree.root).below;
-        if left.root == NIL {
-            return (tree.root, right);
-        }
-        let (first, left) = self.unlink_first(left);
-        (first, self.replace(tree, Side::Left, left))
-    }
-
-    /// Tells on which side of the node `at` the node `other`, which starts at `start`, belongs.
-    fn side_of(&self, at: u32, other: u32, start: u64) -> Side {
-        if (start, other) < (self.slot(at).range.start(), at) { Side::Left } else { Side::Right }
-    }
-
-    /// Puts `below` on one side below the root of `tree`; returns what `tree` has become. Where it
-    /// changes nothing, it writes nothing, here and all the way up.
-    fn replace(&mut self, tree: Subtree, side: Side, below: Subtree) -> Subtree {
-        let slot = self.slot_mut(tree.root);
-        if slot.below(side) == below {
-            return tree;
-        }
-        slot.below[side as usize] = below;
-        self.balance(tree.root)
-    }
-
-    /// Restores invariant 2 at the node `at`, whose subtrees differ in height by two at most;
-    /// returns the subtree that takes its place.
-    fn balance(&mut self, at: u32) -> Subtree {
-        let slot = self.slot(at);
-        let [left, right] = slot.below;
-        let (taller, side) = if left.height > right.height + 1 {
-            (left, Side::Left)
-        } else if right.height > left.height + 1 {
-            (right, Side::Right)
+    /// Restores invariant 2 for the child `i` of the node `parent`, which is one item short: with a
+    /// sibling, it becomes one node if there is room for an insertion then, and shares the items
+    /// else.
+    fn refill(&mut self, parent: u32, i: usize) {
+        let left = i.saturating_sub(1);
+        let [a, b] = [left, left + 1].map(|i| self.node(parent).children[i]);
+        let [from_a, from_b] = [a, b].map(|node| self.node(node).len());
+        if from_a + from_b < CAPACITY {
+            for position in 0..from_b {
+                let item = self.node(b).item(position);
+                self.node_mut(a).insert(from_a + position, item);
+            }
+            self.free_node(b);
+            self.node_mut(parent).remove(left + 1);
         } else {
-            return slot.summary(at);
-        };
-        // Raising `taller` hands its inner subtree over to `at`. Where that is the higher one of
-        // the two, it would be too high there as well: raise its root first.
-        let child = self.slot(taller.root);
-        if child.below(side.opposite()).height > child.below(side).height {
-            let raised = self.rotate(taller.root, side.opposite());
-            self.slot_mut(at).below[side as usize] = raised;
+            for moved in 0..from_a.abs_diff(from_b) / 2 {
+                if from_a < from_b {
+                    let item = self.node_mut(b).remove(0);
+                    self.node_mut(a).insert(from_a + moved, item);
+                } else {
+                    let item = self.node_mut(a).remove(from_a - moved - 1);
+                    self.node_mut(b).insert(0, item);
+                }
+            }
+            let summary = self.node(b).summary(b);
+            self.node_mut(parent).set(left + 1, summary);
         }
-        self.rotate(at, side)
+        let last = self.node(a).greatest_last();
+        self.node_mut(parent).lasts[left] = last;
     }
 
-    /// Raises the child on `side` of the node `at` into its place, `at` becoming its child on the
-    /// other side; returns the subtree of the child.
-    fn rotate(&mut self, at: u32, side: Side) -> Subtree {
-        let child = self.slot(at).below(side).root;
-        let inner = self.slot(child).below(side.opposite());
-        let lowered = self.slot_mut(at);
-        lowered.below[side as usize] = inner;
-        let lowered = lowered.summary(at);
-        let raised = self.slot_mut(child);
-        raised.below[side.opposite() as usize] = lowered;
-        raised.summary(child)
+    /// Puts a node where there is room for it and returns its number.
+    fn take_node(&mut self, node: Node) -> u32 {
+        if self.free_nodes != NIL {
+            let at = self.free_nodes;
+            let reused = self.node_mut(at);
+            let next = reused.children[0];
+            *reused = node;
+            self.free_nodes = next;
+            return at;
+        }
+        let at = self.used_nodes;
+        let (chunk, offset) = place(at, FIRST_NUMBERS);
+        // The memory is there, so this does not allocate: see the head of this file.
+        // Also without debug checks: to grow here would be to allocate under the owner's lock.
+        assert!(self.node_chunks[chunk].len() < self.node_chunks[chunk].capacity());
+        self.node_chunks[chunk].push(node);
+        let is_last = offset + 1 == (FIRST_NODES as usize) << chunk;
+        self.used_nodes = if is_last { first(chunk + 1, FIRST_NUMBERS) } else { at + 1 };
+        at
+    }
+
+    fn free_node(&mut self, at: u32) {
+        let next = self.free_nodes;
+        let node = self.node_mut(at);
+        node.len = 0;
+        node.children[0] = next;
+        self.free_nodes = at;
+    }
+
+    fn node(&self, at: u32) -> &Node {
+        let (chunk, offset) = place(at, FIRST_NUMBERS);
+        &self.node_chunks[chunk][offset]
+    }
+
+    fn node_mut(&mut self, at: u32) -> &mut Node {
+        let (chunk, offset) = place(at, FIRST_NUMBERS);
+        &mut self.node_chunks[chunk][offset]
     }
 
     fn slot(&self, at: u32) -> &Slot<T> {
-        let (chunk, offset) = place(at);
+        let (chunk, offset) = place(at, FIRST_CHUNK);
         &self.chunks[chunk][offset]
     }
 
     fn slot_mut(&mut self, at: u32) -> &mut Slot<T> {
-        let (chunk, offset) = place(at);
+        let (chunk, offset) = place(at, FIRST_CHUNK);
         &mut self.chunks[chunk][offset]
     }
 }
@@ -385,77 +525,171 @@ impl<T> Index<T> {
 /// What a key that names no entry is told.
 const NO_ENTRY: &str = "the key names no entry: was it removed?";
 
-/// Returns the chunk of a slot and the slot's offset in it.
-fn place(slot: u32) -> (usize, usize) {
-    // Counted from 64, the slots of chunk `k` are those whose highest bit is `64 << k`.
-    let counted = slot + FIRST_CHUNK;
+/// Returns the chunk of a number and its offset in it, `in_first` numbers, a power of two, being in
+/// the first chunk.
+fn place(number: u32, in_first: u32) -> (usize, usize) {
+    // Counted from 64, say, the slots of chunk `k` are those whose highest bit is `64 << k`.
+    let counted = number + in_first;
     let highest = counted.ilog2();
-    ((highest - FIRST_CHUNK.ilog2()) as usize, (counted - (1 << highest)) as usize)
+    ((highest - in_first.ilog2()) as usize, (counted - (1 << highest)) as usize)
 }
 
-/// Returns the first slot of a chunk: how many slots there are in the chunks before it.
-fn first_slot(chunk: usize) -> u32 {
-    ((u64::from(FIRST_CHUNK) << chunk) - u64::from(FIRST_CHUNK)) as u32
+/// Returns the first number of a chunk: how many there are in the chunks before it.
+fn first(chunk: usize, in_first: u32) -> u32 {
+    ((u64::from(in_first) << chunk) - u64::from(in_first)) as u32
 }
 
-/// A node of the tree, or a free slot: one cache line, where an `Option<T>` has 16 bytes.
-#[repr(align(64))]
+/// An entry, at the place that its key names, or a place for one: half a cache line, where an
+/// `Option<T>` has 16 bytes.
+#[repr(align(32))]
 struct Slot<T> {
-    range: VaRange,
+    /// Where the range starts. In a free slot, the next free slot.
+    start: u64,
+    last: u64,
     /// `None` in a free slot.
     value: Option<T>,
-    /// The subtrees, by [`Side`]. In a free slot, the root of the left one is the next free slot.
-    below: [Subtree; 2],
 }
 
 impl<T> Slot<T> {
-    fn below(&self, side: Side) -> Subtree {
-        self.below[side as usize]
+    fn range(&self) -> VaRange {
+        VaRange::from_bounds(self.start, self.last).expect("it was a range when it came in")
     }
 
     fn value(&self) -> &T {
         self.value.as_ref().expect(NO_ENTRY)
     }
+}
 
-    /// Returns the subtree of this node, whose number is `at`.
-    fn summary(&self, at: u32) -> Subtree {
-        let [left, right] = self.below;
-        Subtree {
-            last: self.range.last().max(left.last).max(right.last),
-            root: at,
-            height: 1 + left.height.max(right.height),
+/// What a leaf knows of an entry, and what an inner node knows of a child.
+#[derive(Clone, Copy, Debug)]
+struct Item {
+    start: u64,
+    /// Of a child, the greatest of the last addresses below it.
+    last: u64,
+    /// The key of the entry; of a child, what is with the `start` the least that may be below it.
+    key: u32,
+    /// The child; [`NIL`] in a leaf.
+    child: u32,
+}
+
+/// A node of the tree, or a free one, in which the first of the children is the next free one.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+struct Node {
+    starts: [u64; CAPACITY],
+    len: u64,
+    lasts: [u64; CAPACITY],
+    keys: [u32; CAPACITY],
+    children: [u32; CAPACITY],
+}
+
+impl Node {
+    fn of(items: &[Item]) -> Node {
+        let mut node = Node {
+            starts: [0; CAPACITY],
+            len: items.len() as u64,
+            lasts: [0; CAPACITY],
+            keys: [0; CAPACITY],
+            children: [NIL; CAPACITY],
+        };
+        for (i, item) in items.iter().enumerate() {
+            node.set(i, *item);
+        }
+        node
+    }
+
+    fn len(&self) -> usize {
+        // Never more, and the compiler need not look.
+        (self.len as usize).min(CAPACITY)
+    }
+
+    fn item(&self, i: usize) -> Item {
+        Item {
+            start: self.starts[i],
+            last: self.lasts[i],
+            key: self.keys[i],
+            child: self.children[i],
         }
     }
-}
 
-/// What a node knows of a subtree below it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Subtree {
-    /// The greatest last address of the entries in it; 0 where there are none.
-    last: u64,
-    /// Its topmost node, or [`NIL`].
-    root: u32,
-    /// How many nodes the longest way down passes.
-    height: u8,
-}
+    fn set(&mut self, i: usize, item: Item) {
+        self.starts[i] = item.start;
+        self.lasts[i] = item.last;
+        self.keys[i] = item.key;
+        self.children[i] = item.child;
+    }
 
-impl Subtree {
-    const EMPTY: Subtree = Subtree { last: 0, root: NIL, height: 0 };
-}
-
-/// A side of a node: lower entries are on the left.
-#[derive(Clone, Copy)]
-enum Side {
-    Left,
-    Right,
-}
-
-impl Side {
-    fn opposite(self) -> Side {
-        match self {
-            Side::Left => Side::Right,
-            Side::Right => Side::Left,
+    /// Returns how many items are below (`start`, `key`).
+    fn below(&self, start: u64, key: u32) -> usize {
+        let starts = &self.starts[..self.len()];
+        let mut i = starts.iter().map(|&other| usize::from(other < start)).sum();
+        while i < starts.len() && starts[i] == start && self.keys[i] < key {
+            i += 1;
         }
+        i
+    }
+
+    /// Returns the child below which (`start`, `key`) is, or would be.
+    fn child_of(&self, start: u64, key: u32) -> usize {
+        let i = self.below(start, key);
+        if i < self.len() && (self.starts[i], self.keys[i]) == (start, key) {
+            i
+        } else {
+            i.saturating_sub(1)
+        }
+    }
+
+    /// Returns the greatest of the last addresses.
+    fn greatest_last(&self) -> u64 {
+        self.lasts[..self.len()].iter().fold(0, |a, &b| a.max(b))
+    }
+
+    /// Returns what is known of this node, whose number is `at`, in the node above it.
+    fn summary(&self, at: u32) -> Item {
+        Item { start: self.starts[0], last: self.greatest_last(), key: self.keys[0], child: at }
+    }
+
+    /// Adds an item before the item `i`. There is room for it.
+    fn insert(&mut self, i: usize, item: Item) {
+        let len = self.len();
+        self.starts.copy_within(i..len, i + 1);
+        self.lasts.copy_within(i..len, i + 1);
+        self.keys.copy_within(i..len, i + 1);
+        self.children.copy_within(i..len, i + 1);
+        self.len += 1;
+        self.set(i, item);
+    }
+
+    /// Takes the item `i` out.
+    fn remove(&mut self, i: usize) -> Item {
+        let len = self.len();
+        let item = self.item(i);
+        self.starts.copy_within(i + 1..len, i);
+        self.lasts.copy_within(i + 1..len, i);
+        self.keys.copy_within(i + 1..len, i);
+        self.children.copy_within(i + 1..len, i);
+        self.len -= 1;
+        item
+    }
+
+    /// Adds an item before the item `i` to this node, which is full; returns the upper half.
+    fn split(&mut self, i: usize, item: Item) -> Node {
+        let half = CAPACITY / 2;
+        let keep = if i <= half { half } else { half + 1 };
+        let mut right = Node::of(&[]);
+        let moved = CAPACITY - keep;
+        right.starts[..moved].copy_from_slice(&self.starts[keep..]);
+        right.lasts[..moved].copy_from_slice(&self.lasts[keep..]);
+        right.keys[..moved].copy_from_slice(&self.keys[keep..]);
+        right.children[..moved].copy_from_slice(&self.children[keep..]);
+        right.len = moved as u64;
+        self.len = keep as u64;
+        if i <= half {
+            self.insert(i, item);
+        } else {
+            right.insert(i - keep, item);
+        }
+        right
     }
 }
 
@@ -463,55 +697,88 @@ impl Side {
 impl<T> Index<T> {
     /// Panics where an invariant does not hold.
     pub(crate) fn check(&self) {
-        let mut nodes = Vec::new();
-        let tree = self.check_subtree(self.tree.root, &mut nodes);
-        assert_eq!(tree, self.tree, "invariant 3: the summary of the whole tree");
-        let ordered = nodes.is_sorted_by(|a, b| (a.0.start(), a.1) < (b.0.start(), b.1));
-        assert!(ordered, "invariant 1: {nodes:?}");
-        assert_eq!(nodes.len(), self.len(), "invariant 4: the tree holds `len` nodes");
+        let mut entries = Vec::new();
+        let mut nodes = 0;
+        assert_eq!(self.root == NIL, self.height == 0, "invariant 1: the height without a root");
+        if self.root != NIL {
+            let least = if self.height > 1 { 2 } else { 0 };
+            self.check_node(self.root, self.height, least, &mut entries, &mut nodes);
+        }
+        let ordered = entries.is_sorted_by(|a, b| (a.0.start(), a.1) < (b.0.start(), b.1));
+        assert!(ordered, "invariant 3: {entries:?}");
+        assert_eq!(entries.len(), self.len(), "invariant 3: the leaves hold `len` entries");
 
         let mut free = 0;
         let mut at = self.free;
         while at != NIL {
             free += 1;
-            assert!(free <= self.used, "invariant 4: the free list ends");
+            assert!(free <= self.used, "invariant 5: the free list ends");
             let slot = self.slot(at);
-            assert!(slot.value.is_none(), "invariant 4: the free slot {at} holds a value");
-            at = slot.below(Side::Left).root;
+            assert!(slot.value.is_none(), "invariant 5: the free slot {at} holds an entry");
+            at = slot.start as u32;
         }
-        assert_eq!(self.len + free, self.used, "invariant 4: every slot is an entry or free");
+        assert_eq!(self.len + free, self.used, "invariant 5: every slot is an entry or free");
 
-        for (number, chunk) in self.chunks.iter().enumerate() {
-            let size = (first_slot(number + 1) - first_slot(number)) as usize;
-            let filled = (self.used.saturating_sub(first_slot(number)) as usize).min(size);
-            assert_eq!(chunk.len(), filled, "invariant 5: slots of chunk {number}");
+        assert!(nodes <= 1 + self.len() / 6, "the nodes outnumber their bound");
+        let there: usize = self.node_chunks.iter().map(Vec::len).sum();
+        let mut at = self.free_nodes;
+        while at != NIL {
+            nodes += 1;
+            assert!(nodes <= there, "invariant 6: the free list ends");
+            assert_eq!(self.node(at).len, 0, "invariant 6: the free node {at} has items");
+            at = self.node(at).children[0];
+        }
+        assert_eq!(nodes, there, "invariant 6: every node is in the tree or free");
+
+        for number in 0..MAX_CHUNKS {
+            let (slots, nodes) = (&self.chunks[number], &self.node_chunks[number]);
+            let size = (first(number + 1, FIRST_CHUNK) - first(number, FIRST_CHUNK)) as usize;
+            let filled = (self.used.saturating_sub(first(number, FIRST_CHUNK)) as usize).min(size);
+            assert_eq!(slots.len(), filled, "invariant 7: slots of chunk {number}");
+            let node_size = (FIRST_NODES as usize) << number;
+            let first_node = first(number, FIRST_NUMBERS);
+            let filled = (self.used_nodes.saturating_sub(first_node) as usize).min(node_size);
+            assert_eq!(nodes.len(), filled, "invariant 7: nodes of chunk {number}");
             if number < self.reserved {
-                assert!(chunk.capacity() >= size, "invariant 5: chunk {number} is too small");
+                let fits = slots.capacity() >= size && nodes.capacity() >= node_size;
+                assert!(fits, "invariant 7: chunk {number} is too small");
             } else {
-                assert_eq!(chunk.capacity(), 0, "invariant 5: chunk {number} came too early");
+                let memory = slots.capacity() + nodes.capacity();
+                assert_eq!(memory, 0, "invariant 7: chunk {number} came too early");
             }
         }
     }
 
-    /// Checks the subtree of the node `at`, adds its nodes to `nodes` in order, and returns its
-    /// summary.
-    fn check_subtree(&self, at: u32, nodes: &mut Vec<(VaRange, u32)>) -> Subtree {
-        if at == NIL {
-            return Subtree::EMPTY;
+    /// Checks the node `at`, which has `height` levels and `least` items or more, adds its entries
+    /// to `entries` in order and its nodes to `nodes`, and returns its greatest last address.
+    fn check_node(
+        &self,
+        at: u32,
+        height: usize,
+        least: usize,
+        entries: &mut Vec<(VaRange, u32)>,
+        nodes: &mut usize,
+    ) -> u64 {
+        *nodes += 1;
+        let node = self.node(at);
+        assert!((least..=CAPACITY).contains(&(node.len as usize)), "invariant 2: at {at}");
+        for item in (0..node.len()).map(|i| node.item(i)) {
+            if height == 1 {
+                let range = self.range(Key(item.key));
+                assert_eq!((item.start, item.last), (range.start(), range.last()), "invariant 3");
+                entries.push((range, item.key));
+                assert!(entries.len() <= self.len(), "invariant 3: the tree has a cycle");
+            } else {
+                let above = |entry: &(VaRange, u32)| (entry.0.start(), entry.1);
+                let bound = (item.start, item.key);
+                assert!(entries.iter().next_back().is_none_or(|e| above(e) < bound), "invariant 4");
+                let before = entries.len();
+                let last = self.check_node(item.child, height - 1, MIN, entries, nodes);
+                assert!(bound <= above(&entries[before]), "invariant 4: above what is below it");
+                assert_eq!(item.last, last, "invariant 4: the greatest last address");
+            }
         }
-        let slot = self.slot(at);
-        assert!(slot.value.is_some(), "invariant 4: the node {at} holds no value");
-        let [left, right] = slot.below;
-        assert_eq!(left, self.check_subtree(left.root, nodes), "invariant 3: left of {at}");
-        nodes.push((slot.range, at));
-        assert!(nodes.len() <= self.used as usize, "invariant 1: the tree has a cycle");
-        assert_eq!(right, self.check_subtree(right.root, nodes), "invariant 3: right of {at}");
-        assert!(left.height.abs_diff(right.height) <= 1, "invariant 2: at {at}");
-        Subtree {
-            last: slot.range.last().max(left.last).max(right.last),
-            root: at,
-            height: 1 + left.height.max(right.height),
-        }
+        node.greatest_last()
     }
 }
 
@@ -525,8 +792,8 @@ mod tests {
 
     use super::*;
 
-    const _: () = assert!(size_of::<Slot<Arc<dyn Debug>>>() == 64);
-    const _: () = assert!(align_of::<Slot<Arc<dyn Debug>>>() == 64);
+    const _: () = assert!(size_of::<Slot<Arc<dyn Debug>>>() == 32);
+    const _: () = assert!(size_of::<Node>() == 6 * 64);
 
     fn range(start: u64, last: u64) -> VaRange {
         VaRange::from_bounds(start, last).unwrap()
@@ -593,8 +860,8 @@ mod tests {
         /// The index does what a plain list does.
         #[test]
         fn behaves_like_a_list(
-            ranges in vec(any_range(), 0..120),
-            steps in vec(step(), 1..100),
+            ranges in vec(any_range(), 0..250),
+            steps in vec(step(), 1..120),
         ) {
             let mut index = Index::new();
             let mut list: Vec<(Key, VaRange, u32)> = Vec::new();
@@ -677,7 +944,7 @@ mod tests {
             // 64 + 128 + ... + 4096 slots are the first chunks to hold them.
             assert_eq!(
                 (index.next_growth(), index.heap_bytes()),
-                (7, 127 * 64 * size_of::<Slot<u32>>())
+                (7, 127 * (64 * size_of::<Slot<u32>>() + 11 * size_of::<Node>()))
             );
             assert_eq!(found(&index, range(0x50_0800, 0x50_0800)).len(), 2);
             let mut left = ENTRIES as usize;
@@ -740,16 +1007,136 @@ mod tests {
 
     #[test]
     fn slots_fill_the_chunks_one_after_the_other() {
-        assert_eq!(place(0), (0, 0));
-        for chunk in 1..MAX_CHUNKS {
-            let first = first_slot(chunk);
-            let size = (FIRST_CHUNK as usize) << (chunk - 1);
-            assert_eq!(place(first - 1), (chunk - 1, size - 1));
-            assert_eq!(place(first), (chunk, 0));
+        for in_first in [FIRST_CHUNK, FIRST_NUMBERS] {
+            assert_eq!(place(0, in_first), (0, 0));
+            for chunk in 1..MAX_CHUNKS {
+                let first = first(chunk, in_first);
+                let size = (in_first as usize) << (chunk - 1);
+                assert_eq!(place(first - 1, in_first), (chunk - 1, size - 1));
+                assert_eq!(place(first, in_first), (chunk, 0));
+            }
         }
-        let slots = first_slot(MAX_CHUNKS);
-        assert_eq!(place(slots - 1), (MAX_CHUNKS - 1, (1 << 31) - 1));
+        let slots = first(MAX_CHUNKS, FIRST_CHUNK);
+        assert_eq!(place(slots - 1, FIRST_CHUNK), (MAX_CHUNKS - 1, (1 << 31) - 1));
         assert!(slots < NIL);
+    }
+
+    #[test]
+    fn the_chunks_have_nodes_for_all_their_slots() {
+        for chunks in 1..=MAX_CHUNKS {
+            let slots = u64::from(first(chunks, FIRST_CHUNK));
+            let nodes: u64 = (0..chunks).map(|chunk| u64::from(FIRST_NODES) << chunk).sum();
+            assert!(nodes > slots / (MIN as u64 - 1), "{chunks} chunks");
+        }
+    }
+
+    /// Fills the slots to the last one and makes the nodes as empty as they get, again and again.
+    #[test]
+    fn nodes_suffice_where_slots_do() {
+        let mut index = Index::new();
+        for chunk in 0..4 {
+            assert!(index.grow(Growth::try_new(chunk).ok().unwrap()).is_none());
+            let bytes = index.heap_bytes();
+            for stride in [1, 2, 3, 5, 7, 8, 9, 11] {
+                let mut keys = Vec::new();
+                for n in 0_u64.. {
+                    if index.is_full() {
+                        break;
+                    }
+                    // In order up or down, or spread.
+                    let start = [n, !n, n.wrapping_mul(0x9E37_79B9_7F4A_7C15)][n as usize % 3];
+                    let start = if stride % 2 == 0 { n } else { start };
+                    keys.push(index.insert(range(start, start), n));
+                }
+                index.check();
+                keys.sort_by_key(|key| index.range(*key).start());
+                for (n, key) in keys.into_iter().enumerate() {
+                    if n % stride != 0 || stride == 1 {
+                        index.remove(key);
+                        index.check();
+                    }
+                }
+            }
+            while let Some(key) = index.first() {
+                index.remove(key);
+            }
+            index.check();
+            assert_eq!(index.heap_bytes(), bytes);
+        }
+    }
+
+    /// Fills and empties an index several times, at random and in order, against a sorted map.
+    #[test]
+    fn behaves_like_a_map_at_every_size_and_height() {
+        type Map = std::collections::BTreeMap<(u64, u32), (u64, u32)>;
+        let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+        let mut random = move |below: u64| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 11) % below
+        };
+        let (mut index, mut map) = (Index::new(), Map::new());
+        let mut highest = 0;
+        let mut value = 0;
+        // How many steps, and how many in a hundred insert and change a range. The others remove.
+        // What is changed or removed is for a while the lowest, then the highest, then any.
+        let phases = [(9_000, 90, 5), (9_000, 5, 20), (12_000, 70, 10), (9_000, 45, 10)];
+        let phases = phases.into_iter().chain([(12_000, 0, 10)]);
+        for (phase, (steps, insertions, changes)) in phases.enumerate() {
+            for step in 0..steps {
+                let start = match random(8) {
+                    0 => [0, u64::MAX, u64::MAX - 1, 1][random(4) as usize],
+                    1 | 2 => 0x7000 + random(3),
+                    3 => step << 12,
+                    4 => u64::MAX - (step << 12),
+                    _ => random(1 << 24),
+                };
+                let last = match random(64) {
+                    0 => u64::MAX,
+                    1..16 => start,
+                    _ => start.saturating_add(random(0x4000)),
+                };
+                let kind = random(100);
+                if kind < insertions || map.is_empty() {
+                    let key = insert(&mut index, range(start, last), value);
+                    assert_eq!(map.insert((start, key.0), (last, value)), None);
+                    value += 1;
+                } else {
+                    let pick = match (phase + step as usize / 1000) % 3 {
+                        0 => map.first_key_value(),
+                        1 => map.last_key_value(),
+                        _ => map.range((random(1 << 24), 0)..).next().or(map.first_key_value()),
+                    };
+                    let (&(old, key), &(_, value)) = pick.unwrap();
+                    map.remove(&(old, key));
+                    if kind < insertions + changes {
+                        index.set_range(Key(key), range(start, last));
+                        map.insert((start, key), (last, value));
+                    } else {
+                        assert_eq!(index.remove(Key(key)), value);
+                    }
+                }
+                highest = highest.max(index.height);
+                assert_eq!(index.len(), map.len());
+                let lowest = map.first_key_value().map(|(&(_, key), _)| Key(key));
+                assert_eq!(index.first(), lowest);
+                if step.is_multiple_of(97) || map.len() < 40 {
+                    index.check();
+                    for at in [range(start, last), range(start, start)] {
+                        let hits = map
+                            .iter()
+                            .map(|(&(s, key), &(l, value))| (Key(key), range(s, l), value))
+                            .filter(|hit| hit.1.overlaps(at))
+                            .collect::<Vec<_>>();
+                        assert_eq!(found(&index, at), hits);
+                    }
+                }
+            }
+        }
+        index.check();
+        assert!(highest >= 4, "{highest}");
+        assert!(map.len() < 40, "{}", map.len());
     }
 
     #[test]

@@ -422,7 +422,8 @@ fn a10_nothing_allocates_under_the_registry_lock_in_a_crowd() {
 fn a10_e21_a_failed_growth_leaves_no_trace() {
     introduce_thread();
     let space = Subscriptions::new();
-    // The index asks for 64, 128, 256 entries of a cache line each; all else is smaller.
+    // The index asks for 64, 128, 256 slots and then for the nodes to go with them, which take a
+    // little more than these sizes; all else is smaller.
     let mut subscriptions = Vec::new();
     for (growth, population) in [(4096, 0), (8192, 64), (16384, 192)] {
         while subscriptions.len() < population {
