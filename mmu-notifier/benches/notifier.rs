@@ -59,6 +59,8 @@ fn floor(c: &mut Criterion) {
     });
     let lock = Mutex::new(0u64);
     group.bench_function("lock and unlock", |b| b.iter(|| *lock.lock().unwrap() += 1));
+    let shared = crossbeam_utils::sync::ShardedLock::new(0u64);
+    group.bench_function("a share of a sharded lock", |b| b.iter(|| *shared.read().unwrap()));
     group.finish();
 }
 
