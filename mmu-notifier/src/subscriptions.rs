@@ -407,13 +407,13 @@ impl Subscriptions {
     /// as if nothing had been announced: fences that were returned have been waited for, whoever
     /// hears of ends has heard of this one's, and read sections may begin.
     ///
-    /// # Errors
-    ///
-    /// [`WouldBlock`]: the change must not be made.
-    ///
     /// The end of an announcement, also of a refused one, takes the lock of each
     /// [`PairedNotifier`](crate::PairedNotifier) that heard its start, and waits for an
     /// [`Update`](crate::Update) of it that another thread holds.
+    ///
+    /// # Errors
+    ///
+    /// [`WouldBlock`]: the change must not be made.
     #[doc(alias = "mmu_notifier_invalidate_range_start_nonblock")]
     pub fn try_invalidate_range_start(
         &self,
