@@ -21,7 +21,8 @@ struct Context {
     kind: Cell<CallbackKind>,
     registry_locks: Cell<u32>,
     unrecorded: [Cell<usize>; REMEMBERED],
-    deferred: Cell<u32>,
+    /// Whether there is anything in `DEFERRED`, a look at which costs more: it has a destructor.
+    deferred: Cell<bool>,
 }
 
 const_thread_local! {
@@ -31,7 +32,7 @@ const_thread_local! {
         kind: Cell::new(CallbackKind::Invalidate),
         registry_locks: Cell::new(0),
         unrecorded: [const { Cell::new(0) }; REMEMBERED],
-        deferred: Cell::new(0),
+        deferred: Cell::new(false),
     };
     static DEFERRED: RefCell<Vec<Box<dyn Deferred>>> = RefCell::new(Vec::new());
 }
@@ -194,20 +195,20 @@ pub(crate) fn holds_unrecorded(space: usize) -> bool {
 /// Keeps `value` until [`finish_deferred`] ends it.
 pub(crate) fn defer(value: Box<dyn Deferred>) {
     DEFERRED.with(|deferred| deferred.borrow_mut().push(value));
-    CONTEXT.with(|context| context.deferred.set(context.deferred.get() + 1));
+    CONTEXT.with(|context| context.deferred.set(true));
 }
 
 /// Ends what the calling thread dropped inside callbacks, now that it has left them.
 #[inline]
 pub(crate) fn finish_deferred() {
-    if CONTEXT.with(|context| context.deferred.get() > 0 && context.callbacks.get() == 0) {
+    if CONTEXT.with(|context| context.deferred.get() && context.callbacks.get() == 0) {
         finish_all_deferred();
     }
 }
 
 #[cold]
 fn finish_all_deferred() {
-    CONTEXT.with(|context| context.deferred.set(0));
+    CONTEXT.with(|context| context.deferred.set(false));
     let values = DEFERRED.with(|deferred| std::mem::take(&mut *deferred.borrow_mut()));
     values.into_iter().for_each(|value| value.end());
 }

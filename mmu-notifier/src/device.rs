@@ -94,12 +94,7 @@ impl<D> DeviceHandle<D> {
     ///
     /// If called from inside a callback, where it could wait for itself.
     pub fn unregister(self) -> D {
-        assert!(
-            !context::in_callback(),
-            "mmu-notifier: unregistering a device from inside a callback would wait for itself"
-        );
-        self.gate.drain(None).expect("a wait without a deadline does not time out");
-        self.into_device()
+        self.unregister_until(None).expect("a wait without a deadline does not time out")
     }
 
     /// Does what [`unregister`](DeviceHandle::unregister) does, until `deadline`.
@@ -112,11 +107,15 @@ impl<D> DeviceHandle<D> {
     ///
     /// As [`unregister`](DeviceHandle::unregister).
     pub fn unregister_deadline(self, deadline: Instant) -> Result<D, Busy<D>> {
+        self.unregister_until(Some(deadline))
+    }
+
+    fn unregister_until(self, deadline: Option<Instant>) -> Result<D, Busy<D>> {
         assert!(
             !context::in_callback(),
             "mmu-notifier: unregistering a device from inside a callback would wait for itself"
         );
-        match self.gate.drain(Some(deadline)) {
+        match self.gate.drain(deadline) {
             Ok(_) => Ok(self.into_device()),
             Err(TimedOut) => Err(Busy { references: self.gate.count(), handle: self }),
         }

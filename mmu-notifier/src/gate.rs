@@ -12,6 +12,9 @@
 //! The leaver learns of the bit from the very decrement that reaches zero, and only then takes the
 //! queue's lock and wakes. Both act on one word, so one comes first: either the waiter sees zero,
 //! or the leaver sees the bit and finds the waiter asleep. Nobody waiting, no wake-up.
+//!
+//! Another bit says that what is inside was abandoned: then the last to leave ends it. It works by
+//! the same word, so either who abandons sees zero, or the last leaver sees the bit.
 
 use std::ops::DerefMut;
 use std::sync::Arc;

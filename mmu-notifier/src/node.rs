@@ -174,7 +174,7 @@ impl Core {
     /// Tells whether any of `marks` is set.
     #[inline]
     pub(crate) fn has(&self, marks: u64) -> bool {
-        // Acquire: pairs with the Release in `mark`.
+        // Acquire: pairs with the Release in `mark` and in `unmark`.
         self.state.load(Ordering::Acquire) & marks != 0
     }
 
@@ -190,8 +190,10 @@ impl Core {
 
     /// Takes `marks` back. The registry lock is held for writing.
     pub(crate) fn unmark(&self, marks: u64) {
-        // Release: as in `mark`.
-        self.state.fetch_and(!marks, Ordering::Release);
+        // Release: pairs with the Acquire in `try_begin`. A reader that finds `UNSETTLED` gone sees
+        // what the drained announcements changed, which `Gate::drain` acquired.
+        let release = relaxed_if(mutant!("relaxed_settle"), Ordering::Release);
+        self.state.fetch_and(!marks, release);
     }
 
     /// Counts an announcement that starts.
@@ -236,11 +238,10 @@ impl Core {
         // count that was raised before it.
         let acquire = relaxed_if(mutant!("relaxed_begin_sequence"), Ordering::Acquire);
         let sequence = self.sequence.load(acquire);
-        // Acquire: pairs with the Release in `lower`, in `mark`, and where `settle` takes a mark
-        // back.
+        // Acquire: pairs with the Release in `lower`, in `mark` and in `unmark`.
         let acquire = relaxed_if(mutant!("relaxed_begin_state"), Ordering::Acquire);
         let state = self.state.load(acquire);
-        // A reader that gave up may have left its mark, which is of no account here.
+        // The mark of another reader, asleep or just woken, is of no account here.
         let mut blocking = !WAITERS;
         if mutant!("begin_ignores_changes_under_way") {
             blocking = CLOSED;
@@ -323,7 +324,8 @@ impl<N: Notifier> NodeOf<N> {
     /// A thread that already holds it (an announcement from under a mirror's lock, by way of the
     /// allocator for instance) would wait for itself; it is named and the process ends.
     #[inline]
-    pub(crate) fn lock(&self, me: u64) -> Guard<'_, N> {
+    pub(crate) fn lock(&self) -> Guard<'_, N> {
+        let me = context::thread_number();
         let slot = match self.slot.try_lock() {
             Ok(slot) => slot,
             Err(error) => self.lock_slot(error, me),
@@ -353,13 +355,13 @@ impl<N: Notifier> NodeOf<N> {
         self.slot.lock().unwrap_or_else(|poison| poison.into_inner())
     }
 
-    fn try_lock(&self, me: u64) -> Option<Guard<'_, N>> {
+    fn try_lock(&self) -> Option<Guard<'_, N>> {
         let slot = match self.slot.try_lock() {
             Ok(slot) => slot,
             Err(TryLockError::Poisoned(poison)) => poison.into_inner(),
             Err(TryLockError::WouldBlock) => return None,
         };
-        Some(Guard::new(self, slot, me))
+        Some(Guard::new(self, slot, context::thread_number()))
     }
 
     /// Tells the notifier of `event`, under its lock, and returns the fence unless it is over.
@@ -385,6 +387,14 @@ impl<N: Notifier> NodeOf<N> {
         Ok(fence)
     }
 
+    /// Tells the notifier of an event that it cannot refuse.
+    fn tell_blockable(&self, event: &Event) -> Option<N::Fence> {
+        match self.tell(self.lock(), |notifier| Ok(notifier.invalidate(event))) {
+            Ok(fence) => fence,
+            Err(WouldBlock) => unreachable!("a blockable delivery has no way to refuse"),
+        }
+    }
+
     /// Keeps a fence until [`Node::finish`].
     fn keep(&self, fence: Option<N::Fence>) -> Pending {
         let Some(fence) = fence else {
@@ -406,7 +416,7 @@ impl<N: Notifier> NodeOf<N> {
     /// Sends every read section under way to its retry, and makes the device stop using the range
     /// of the subscription, or what `new` drops of it.
     pub(crate) fn stop(&self, no_locks: &NoLocks, new: Option<VaRange>) {
-        let mut guard = self.lock(context::thread_number());
+        let mut guard = self.lock();
         let old = guard.slot.range;
         guard.slot.range = new.unwrap_or(old);
         if !mutant!("resize_without_collision") {
@@ -420,10 +430,8 @@ impl<N: Notifier> NodeOf<N> {
         };
         for piece in given_up.into_iter().flatten() {
             let event = Event::new(EventKind::Release, piece);
-            let guard = self.lock(context::thread_number());
-            match self.tell(guard, |notifier| Ok(notifier.invalidate(&event))) {
-                Ok(fence) => fence.into_iter().for_each(|fence| self.wait(fence)),
-                Err(WouldBlock) => unreachable!("a blockable delivery has no way to refuse"),
+            if let Some(fence) = self.tell_blockable(&event) {
+                self.wait(fence);
             }
             if new.is_some() && !mutant!("resize_without_end") {
                 self.invalidate_range_end(no_locks, &event);
@@ -433,12 +441,12 @@ impl<N: Notifier> NodeOf<N> {
 
     /// Says again what the range is, after a change of it came to nothing.
     pub(crate) fn set_range(&self, range: VaRange) {
-        self.lock(context::thread_number()).slot.range = range;
+        self.lock().slot.range = range;
     }
 
     /// Takes the notifier out for good.
     pub(crate) fn take(&self) -> Option<N> {
-        self.lock(context::thread_number()).slot.notifier.take()
+        self.lock().slot.notifier.take()
     }
 }
 
@@ -448,16 +456,12 @@ impl<N: Notifier> Node for NodeOf<N> {
     }
 
     fn invalidate(&self, _: &NoLocks, event: &Event) -> Pending {
-        let guard = self.lock(context::thread_number());
-        match self.tell(guard, |notifier| Ok(notifier.invalidate(event))) {
-            Ok(fence) => self.keep(fence),
-            Err(WouldBlock) => unreachable!("a blockable delivery has no way to refuse"),
-        }
+        self.keep(self.tell_blockable(event))
     }
 
     fn try_invalidate(&self, _: &NoLocks, event: &Event) -> Result<Pending, WouldBlock> {
         // Somebody is inside; it may take as long as it likes.
-        let guard = self.try_lock(context::thread_number()).ok_or(WouldBlock)?;
+        let guard = self.try_lock().ok_or(WouldBlock)?;
         let fence = self.tell(guard, |notifier| notifier.try_invalidate(event))?;
         Ok(self.keep(fence))
     }
@@ -479,7 +483,7 @@ impl<N: Notifier> Node for NodeOf<N> {
 
     fn invalidate_range_end(&self, _: &NoLocks, event: &Event) {
         let Some(end) = self.end else { return };
-        let mut guard = self.lock(context::thread_number());
+        let mut guard = self.lock();
         if let Some(notifier) = &mut guard.slot.notifier {
             callback(CallbackKind::Invalidate, self.name(), || end(notifier, event));
         }

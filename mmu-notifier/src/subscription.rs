@@ -450,14 +450,14 @@ impl<N: Notifier> Handle<N> {
     ///
     /// [`Released`]: the notifier has been handed back or released.
     pub fn inspect<R>(&self, f: impl FnOnce(&N) -> R) -> Result<R, Released> {
-        let guard = self.node.lock(context::thread_number());
+        let guard = self.node.lock();
         guard.slot.notifier.as_ref().map(f).ok_or(Released)
     }
 
     /// Returns the range that is subscribed to. To decide what may be committed, ask
     /// [`Update::range`] instead, which cannot change.
     pub fn range(&self) -> VaRange {
-        self.node.lock(context::thread_number()).slot.range
+        self.node.lock().slot.range
     }
 
     /// Returns the address space.
@@ -518,7 +518,7 @@ impl<'a, N: Notifier> ReadSection<'a, N> {
     #[doc(alias = "mmu_interval_read_retry")]
     #[inline]
     pub fn commit(self) -> Result<Update<'a, N>, Retry> {
-        let guard = self.handle.node.lock(context::thread_number());
+        let guard = self.handle.node.lock();
         let current = guard.is_current(self.sequence) && !self.collided;
         if current || mutant!("no_retry_check") {
             return Ok(Update { guard });

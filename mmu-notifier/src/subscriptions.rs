@@ -15,7 +15,7 @@ use crate::gate::{Gate, Pin, TimedOut, WaitQueue};
 use crate::index::{Growth, GrowthError, Index};
 use crate::node::{CLOSED, Core, Node, NodeOf, Pending, Settings, UNLINKED, UNSETTLED};
 use crate::notifier::{Notifier, PairedNotifier, WouldBlock};
-use crate::primitive::{AtomicBool, Ordering, SHARDS, mutant, relaxed_if};
+use crate::primitive::{AtomicBool, Ordering, SHARDS, mutant};
 use crate::registry::{Active, ActiveList, NoLocks, Phase, Registry, RegistryLock};
 use crate::subscription::{Handle, Subscription};
 
@@ -772,10 +772,7 @@ impl Subscriptions {
             // The index has not been empty since, so this holds for whoever subscribes from now.
             registry.settled = true;
         }
-        // Release: pairs with the Acquire in `Core::try_begin`. A reader that finds the mark gone
-        // sees what the drained announcements changed, which `drain` acquired.
-        let release = relaxed_if(mutant!("relaxed_settle"), Ordering::Release);
-        node.core().state.fetch_and(!UNSETTLED, release);
+        node.core().unmark(UNSETTLED);
         Ok(slept)
     }
 
@@ -861,8 +858,7 @@ impl Subscriptions {
 }
 
 /// Tells every one of `hits` of `event`, in the order of their classes, waits for the fences, and
-/// lets go of them.
-/// Collects those who are to hear of the end, and returns whether somebody refused.
+/// lets go of them. Collects those who are to hear of the end, and returns whether somebody refused.
 fn deliver(
     no_locks: &NoLocks,
     event: &Event,
