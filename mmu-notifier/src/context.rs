@@ -81,9 +81,12 @@ pub(crate) fn shard() -> usize {
     thread_number() as usize & (SHARDS - 1)
 }
 
-/// Tells whether the calling thread is inside a callback, where nothing may wait.
+/// Tells whether the calling thread is inside a callback of a notifier or a fence, where nothing
+/// may wait for anybody who announces, reads or unsubscribes.
+///
+/// For layers above whose drop handlers wait: they put it off if this says so.
 #[inline]
-pub(crate) fn in_callback() -> bool {
+pub fn in_callback() -> bool {
     CONTEXT.with(|context| context.callbacks.get() > 0)
 }
 

@@ -21,7 +21,7 @@ mod va_range;
 
 #[doc(hidden)]
 pub use context::holds_registry_lock;
-pub use context::thread_number;
+pub use context::{in_callback, thread_number};
 pub use device::{Busy, DeviceHandle, DeviceRef};
 pub use diagnostics::{Cause, Statistics};
 pub use event::{Class, Event, EventKind, Owner};

@@ -1,0 +1,2 @@
+//! Devices for uhmm.
+#![forbid(unsafe_code)]

@@ -1,0 +1,487 @@
+//! Device faults: making pages usable and entering them in a device's page table.
+//!
+//! # The loop
+//!
+//! Everybody who mirrors memory needs the same loop, and it is easy to get wrong, so it is here and
+//! nowhere else (acceptance X09). For each batch of pages:
+//!
+//! 1. begin a read section, which waits while an invalidation of the mirror is under way;
+//! 2. look at the page tables, without faulting;
+//! 3. if a page is not usable as asked, end the section, fault the page in, with nothing held, and
+//!    begin again;
+//! 4. else commit: take the mirror's lock, and if no invalidation came since the section began,
+//!    enter the pages; else begin again.
+//!
+//! # Progress
+//!
+//! What the budget counts is the time lost to collisions. A page that is faulted in for the first
+//! time is progress, and the budget begins anew (acceptance X11). A page that has to be faulted in
+//! again was taken away between the fault and the commit, which is a collision like one that the
+//! commit finds. So a request ends: with its pages, with an error that names a page, or when
+//! collisions alone have taken up the budget. Faults that take long, because memory has to be found
+//! or a device has to copy, do not count; who wants a limit on those too sets a deadline.
+//!
+//! A batch is all or nothing: its pages are entered under one lock in one step. Batches before the
+//! one that failed stay entered, and pages that were faulted in stay so.
+
+use std::time::{Duration, Instant};
+
+use mmu_notifier::{ReadBeginError, Retry};
+
+use crate::address_space::AddressSpace;
+use crate::device::Device;
+use crate::entry::{Access, DeviceFrame, PageEntry, Residency};
+use crate::error::FaultError;
+use crate::mirror::MirrorHandle;
+use crate::page::{Order, Page, PageRange};
+use crate::policy::{DeviceFault, Location, MigrateCause};
+
+/// The largest piece that is entered in one step. Pieces begin at multiples of it, so no large
+/// mapping up to this size is cut by the batching.
+const BATCH: Order = Order::HUGE;
+
+/// What a [`range_fault`](MirrorHandle::range_fault) is to do.
+///
+/// Each page is faulted in for at least the access of the whole range, and for what
+/// [`per_page`](RangeFault::per_page) says of it. The request is never written to, and what comes
+/// out never goes in again, so no stale answer can be taken for a question (regression 15).
+///
+/// ```
+/// use uhmm::{Access, PageRange, RangeFault};
+///
+/// let range = PageRange::new(0x1000, 0x3000)?;
+/// // The first page for writing, the others as they are.
+/// let pages = [Access::Write, Access::None, Access::None];
+/// let request = RangeFault::snapshot(range).per_page(&pages);
+/// # let _ = request;
+/// # Ok::<(), uhmm::PageRangeError>(())
+/// ```
+#[derive(Clone, Copy, Debug)]
+#[doc(alias = "hmm_range")]
+pub struct RangeFault<'a> {
+    range: PageRange,
+    default: Access,
+    per_page: &'a [Access],
+    mask: Access,
+    budget: Duration,
+    deadline: Option<Instant>,
+}
+
+/// What a [`range_fault`](MirrorHandle::range_fault) found and did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RangeFaulted {
+    /// What was entered for each page of the range; access [`Access::None`] where nothing was.
+    pub entries: Vec<PageEntry>,
+    /// How many pages had to be faulted in, those counted twice that were taken away again.
+    pub faulted: u64,
+    /// How many collisions with invalidations there were.
+    pub collisions: u32,
+}
+
+/// What [`handle_fault`](MirrorHandle::handle_fault) did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Handled {
+    /// The page table entry that the page of the fault got.
+    pub entry: PageEntry,
+    /// The pages that were served, that one among them.
+    pub range: PageRange,
+    /// How many pages moved to the device on the way.
+    pub migrated: u64,
+}
+
+impl<'a> RangeFault<'a> {
+    /// How long collisions may take up without progress, unless the request says otherwise.
+    #[doc(alias = "HMM_RANGE_DEFAULT_TIMEOUT")]
+    pub const BUDGET: Duration = Duration::from_millis(1000);
+
+    const fn new(range: PageRange, default: Access) -> RangeFault<'a> {
+        RangeFault {
+            range,
+            default,
+            per_page: &[],
+            mask: Access::Atomic,
+            budget: RangeFault::BUDGET,
+            deadline: None,
+        }
+    }
+
+    /// Asks for every page to be readable.
+    pub const fn read(range: PageRange) -> RangeFault<'a> {
+        RangeFault::new(range, Access::Read)
+    }
+
+    /// Asks for every page to be writable.
+    pub const fn write(range: PageRange) -> RangeFault<'a> {
+        RangeFault::new(range, Access::Write)
+    }
+
+    /// Asks for every page to be held exclusively, or in the device's own memory.
+    pub const fn atomic(range: PageRange) -> RangeFault<'a> {
+        RangeFault::new(range, Access::Atomic)
+    }
+
+    /// Asks for nothing: pages are entered as they are, and no page is faulted in.
+    pub const fn snapshot(range: PageRange) -> RangeFault<'a> {
+        RangeFault::new(range, Access::None)
+    }
+
+    /// Asks for `pages[i]` at page `i` of the range, besides what is asked for the whole range.
+    /// Pages beyond the end of the slice get what is asked for the whole range.
+    #[doc(alias = "hmm_pfns")]
+    #[must_use]
+    pub const fn per_page(self, pages: &'a [Access]) -> RangeFault<'a> {
+        RangeFault { per_page: pages, ..self }
+    }
+
+    /// Cuts what [`per_page`](RangeFault::per_page) asks for down to `mask`. Without a mask it is
+    /// taken as it stands.
+    #[doc(alias = "pfn_flags_mask")]
+    #[must_use]
+    pub const fn mask(self, mask: Access) -> RangeFault<'a> {
+        RangeFault { mask, ..self }
+    }
+
+    /// Sets how long collisions may take up without progress.
+    #[must_use]
+    pub const fn budget(self, budget: Duration) -> RangeFault<'a> {
+        RangeFault { budget, ..self }
+    }
+
+    /// Sets when to give up in any case, also in the middle of a fault.
+    #[must_use]
+    pub const fn deadline(self, deadline: Instant) -> RangeFault<'a> {
+        RangeFault { deadline: Some(deadline), ..self }
+    }
+
+    /// Returns the range.
+    pub const fn range(&self) -> PageRange {
+        self.range
+    }
+
+    /// Returns what is asked for at `page`.
+    fn wanted(&self, page: Page) -> Access {
+        let index = self.range.index_of(page);
+        let own = index.and_then(|index| self.per_page.get(index)).copied().unwrap_or_default();
+        self.default.max(own.min(self.mask))
+    }
+}
+
+impl<D: Device> MirrorHandle<D> {
+    /// Makes the pages of a range usable as asked, and enters them in the device's page table.
+    ///
+    /// On success every page was entered at a moment when it could be used as asked, and the device
+    /// has heard of each change since. Large mappings are reported by their order, clipped to the
+    /// range. Pages that nothing is asked for are entered as they are, if they can be used at all.
+    ///
+    /// Must not be called while holding anything that an invalidation of this mirror, a device's
+    /// copy, or a CPU fault waits for.
+    ///
+    /// # Errors
+    ///
+    /// See [`FaultError`]. [`Hole`](FaultError::Hole) and [`Denied`](FaultError::Denied) name the
+    /// first page that cannot be had. Of the batches (2 MiB, aligned) of the range, those before that
+    /// page's are entered, the others not.
+    #[doc(alias = "hmm_range_fault")]
+    pub fn range_fault(&self, request: &RangeFault<'_>) -> Result<RangeFaulted, FaultError> {
+        let space = self.enter()?;
+        let result = self.range_fault_in(&space, request);
+        let counters = self.mm.counters();
+        counters.range_faults(1);
+        match &result {
+            Ok(done) => {
+                counters.faulted_pages(done.faulted);
+                tracing::trace!(
+                    target: "uhmm", space = ?self.mm.id(), range = %request.range,
+                    faulted = done.faulted, collisions = done.collisions, "range fault"
+                );
+            }
+            Err(error) => {
+                counters.failed_range_faults(1);
+                tracing::debug!(
+                    target: "uhmm", space = ?self.mm.id(), range = %request.range, %error,
+                    "range fault failed"
+                );
+            }
+        }
+        result
+    }
+
+    fn range_fault_in(
+        &self,
+        space: &AddressSpace,
+        request: &RangeFault<'_>,
+    ) -> Result<RangeFaulted, FaultError> {
+        if !self.range().covers(request.range) {
+            return Err(FaultError::OutOfRange { request: request.range, mirror: self.range() });
+        }
+        let mut done = RangeFaulted::default();
+        done.entries.reserve_exact(request.range.len());
+        for batch in request.range.blocks(BATCH) {
+            self.fault_batch(space, request, batch, &mut done)?;
+        }
+        Ok(done)
+    }
+
+    /// The loop. See the [module](self).
+    fn fault_batch(
+        &self,
+        space: &AddressSpace,
+        request: &RangeFault<'_>,
+        batch: PageRange,
+        done: &mut RangeFaulted,
+    ) -> Result<(), FaultError> {
+        let start = done.entries.len();
+        let mut patience = Patience::new(request, batch.first());
+        let mut runs = Vec::new();
+        loop {
+            let section = self
+                .notifier
+                .read_begin_deadline(patience.until())
+                .map_err(|error| patience.not_begun(error, done.collisions))?;
+            done.entries.truncate(start);
+            space.backend().snapshot(batch, &mut done.entries);
+            let entries = &mut done.entries[start..];
+            assert_eq!(entries.len(), batch.len(), "a backend's snapshot has one entry a page");
+            self.find_missing(request, batch, entries, &mut runs)?;
+            if let Some(&(first, _)) = runs.first() {
+                drop(section);
+                done.faulted += self.fault_runs(space, request, &runs)?;
+                if !patience.note_faults(&runs) {
+                    done.collisions += 1;
+                    self.mm.counters().collisions(1);
+                    patience.check(first.first(), done.collisions)?;
+                }
+                continue;
+            }
+            self.fit(batch, entries);
+            match section.commit() {
+                Ok(mut update) => {
+                    let notifier = &mut *update;
+                    notifier.device.map(&mut notifier.table, batch, entries);
+                    break;
+                }
+                Err(Retry) => {
+                    done.collisions += 1;
+                    self.mm.counters().collisions(1);
+                    patience.check(batch.first(), done.collisions)?;
+                }
+            }
+        }
+        self.note_mapped(&done.entries[start..]);
+        Ok(())
+    }
+
+    /// Collects the runs of pages that must be faulted in, with what for.
+    fn find_missing(
+        &self,
+        request: &RangeFault<'_>,
+        batch: PageRange,
+        entries: &[PageEntry],
+        runs: &mut Vec<(PageRange, Access)>,
+    ) -> Result<(), FaultError> {
+        runs.clear();
+        for (page, entry) in batch.iter().zip(entries) {
+            let wanted = request.wanted(page);
+            if wanted == Access::None || entry.satisfies(wanted, self.owner) {
+                continue;
+            }
+            if entry.residency == Residency::Hole {
+                return Err(FaultError::Hole { page });
+            }
+            // A mapping allows at most writing; to be atomic is up to us.
+            if entry.allowed < wanted.min(Access::Write) {
+                return Err(FaultError::Denied { page, wanted, allowed: entry.allowed });
+            }
+            match runs.last_mut() {
+                Some((run, access))
+                    if *access == wanted && run.last().checked_add(1) == Some(page) =>
+                {
+                    *run = PageRange::from_bounds(run.first(), page).expect("the run grows");
+                }
+                _ => runs.push((page.into(), wanted)),
+            }
+        }
+        Ok(())
+    }
+
+    fn fault_runs(
+        &self,
+        space: &AddressSpace,
+        request: &RangeFault<'_>,
+        runs: &[(PageRange, Access)],
+    ) -> Result<u64, FaultError> {
+        let mut pages = 0;
+        for &(run, access) in runs {
+            let backend = space.backend();
+            match access {
+                Access::Atomic => {
+                    backend.exclusive(run, self.owner, request.deadline)?;
+                    self.mm.counters().exclusive_pages(run.pages());
+                }
+                _ => backend.fault(run, access, Some(self.owner), request.deadline)?,
+            }
+            pages += run.pages();
+        }
+        Ok(pages)
+    }
+
+    /// Turns what the address space says into what this device may do with it: less where the page
+    /// is another's, and no larger than the batch.
+    fn fit(&self, batch: PageRange, entries: &mut [PageEntry]) {
+        for (page, entry) in batch.iter().zip(entries) {
+            entry.access = entry.access_of(self.owner);
+            while !batch.covers(page.block(entry.order)) {
+                entry.order =
+                    Order::new(entry.order.get() - 1).expect("a single page lies within its batch");
+            }
+        }
+    }
+
+    fn note_mapped(&self, entries: &[PageEntry]) {
+        let mapped = entries.iter().filter(|entry| entry.access != Access::None).count();
+        self.mm.counters().mapped_pages(mapped as u64);
+        if let Some(pagemap) = &self.pagemap {
+            let own = |entry: &PageEntry| -> Option<DeviceFrame> {
+                match entry.residency {
+                    Residency::Device(at) if at.owner == self.owner => Some(at.frame),
+                    _ => None,
+                }
+            };
+            if entries.iter().any(|entry| own(entry).is_some()) {
+                pagemap.touch(entries.iter().filter_map(own));
+            }
+        }
+    }
+
+    /// Serves a fault of the device: asks the policies where the page should be and what else should
+    /// come with it, moves what is to move, and enters the result in the device's page table.
+    ///
+    /// On success the device could do `access` at the page at some moment, and has heard of each
+    /// change since. What could not be moved, or not besides the page itself, is no error.
+    ///
+    /// # Errors
+    ///
+    /// As [`range_fault`](MirrorHandle::range_fault), for the page alone.
+    pub fn handle_fault(&self, page: Page, access: Access) -> Result<Handled, FaultError> {
+        let space = self.enter()?;
+        if !self.range().contains(page) {
+            return Err(FaultError::OutOfRange { request: page.into(), mirror: self.range() });
+        }
+        self.mm.counters().device_faults(1);
+        let (range, migrated) = self.move_by_policy(&space, page, access);
+        let wanted: Vec<Access> =
+            range.iter().map(|other| if other == page { access } else { Access::None }).collect();
+        let request = RangeFault::snapshot(range).per_page(&wanted);
+        let done = self.range_fault_in(&space, &request)?;
+        let index = range.index_of(page).expect("a plan holds the page of the fault");
+        let entry = done.entries[index];
+        tracing::trace!(
+            target: "uhmm", space = ?self.mm.id(), %page, ?access, %range, migrated,
+            "device fault"
+        );
+        Ok(Handled { entry, range, migrated })
+    }
+
+    /// Does what the policies say, and returns the pages to serve and how many have moved.
+    fn move_by_policy(&self, space: &AddressSpace, page: Page, access: Access) -> (PageRange, u64) {
+        let Some(pagemap) = &self.pagemap else { return (page.into(), 0) };
+        let fault = DeviceFault {
+            space: self.mm.id(),
+            owner: self.owner,
+            page,
+            access,
+            mirror: self.range(),
+            now: pagemap.clock().now(),
+            snapshot: &|range| space.snapshot(range),
+        };
+        let plan = pagemap.policies().device_fault(&fault);
+        if !plan.nap.is_zero() {
+            self.mm.counters().throttles(1);
+            tracing::debug!(target: "uhmm", %page, nap = ?plan.nap, "throttled");
+            pagemap.clock().sleep(plan.nap);
+        }
+        if plan.location == Location::System {
+            return (plan.range, 0);
+        }
+        // What the device has or holds already stays where it is.
+        let own = match space.snapshot(page.into())[0].residency {
+            Residency::Device(at) => at.owner == self.owner,
+            Residency::Exclusive { owner, .. } => owner == self.owner,
+            _ => false,
+        };
+        if own {
+            return (plan.range, 0);
+        }
+        let cause = MigrateCause::DeviceFault;
+        let report = space.migrate_because(plan.range, pagemap, cause).run();
+        (plan.range, report.moved)
+    }
+}
+
+/// How long collisions may go on.
+struct Patience {
+    page: Page,
+    budget: Duration,
+    deadline: Option<Instant>,
+    /// When the time lost to collisions began.
+    since: Instant,
+    /// The pages that have been faulted in, which is few runs in most cases.
+    faulted: Vec<PageRange>,
+}
+
+impl Patience {
+    fn new(request: &RangeFault<'_>, page: Page) -> Patience {
+        Patience {
+            page,
+            budget: request.budget,
+            deadline: request.deadline,
+            since: Instant::now(),
+            faulted: Vec::new(),
+        }
+    }
+
+    /// Returns until when a collision may be waited out.
+    fn until(&self) -> Instant {
+        let until = self.since + self.budget;
+        self.deadline.map_or(until, |deadline| deadline.min(until))
+    }
+
+    /// Notes that pages were faulted in, and says whether that was progress.
+    fn note_faults(&mut self, runs: &[(PageRange, Access)]) -> bool {
+        let fresh = |run: &PageRange| {
+            run.iter().any(|page| !self.faulted.iter().any(|before| before.contains(page)))
+        };
+        let progress = runs.iter().any(|(run, _)| fresh(run));
+        if progress {
+            self.faulted.extend(runs.iter().map(|&(run, _)| run));
+            self.since = Instant::now();
+        }
+        progress
+    }
+
+    fn check(&self, page: Page, collisions: u32) -> Result<(), FaultError> {
+        let now = Instant::now();
+        if self.deadline.is_some_and(|deadline| deadline <= now) {
+            return Err(FaultError::TimedOut { page });
+        }
+        if now.duration_since(self.since) >= self.budget {
+            return Err(FaultError::Collided { page, collisions });
+        }
+        Ok(())
+    }
+
+    fn not_begun(&self, error: ReadBeginError, collisions: u32) -> FaultError {
+        let page = self.page;
+        match error {
+            ReadBeginError::Released(_) => FaultError::Released,
+            ReadBeginError::SelfWait(_) => FaultError::SelfWait { page },
+            // It waited for an invalidation, which is a collision.
+            _ => match self.check(page, collisions + 1) {
+                Err(error) => error,
+                Ok(()) => FaultError::Collided { page, collisions: collisions + 1 },
+            },
+        }
+    }
+}
