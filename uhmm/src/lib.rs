@@ -9,6 +9,7 @@ mod entry;
 mod error;
 mod exclusive;
 mod fault;
+pub mod guarantees;
 mod injector;
 mod migrate;
 mod mirror;

@@ -48,13 +48,6 @@ const EVICTIONS: u32 = 2;
 /// Dropping it at any step puts every page back where it was. While it exists, whoever touches
 /// one of the pages sleeps, so it should not exist for long; the thread that holds it must not touch
 /// them. It keeps the address space alive (acceptance D02).
-///
-/// ```compile_fail,E0599
-/// # fn f(space: uhmm::AddressSpace, range: uhmm::PageRange, gpu: std::sync::Arc<uhmm::DevicePagemap>) {
-/// // What was not copied cannot be committed.
-/// space.migrate(range, &gpu).commit();
-/// # }
-/// ```
 #[must_use = "dropping a migration puts every page back"]
 #[doc(alias = "migrate_vma")]
 pub struct Migration<P: Step> {
@@ -93,6 +86,9 @@ enum Destination {
     Device(Arc<DevicePagemap>),
     System,
 }
+
+/// Copies, each with the index of its page.
+type Jobs = Vec<(usize, CopyJob)>;
 
 /// What became of the pages of a migration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -279,7 +275,7 @@ impl Migration<Isolated> {
     }
 
     fn copy_home(&mut self) {
-        let mut jobs: Vec<(Arc<DevicePagemap>, Vec<(usize, CopyJob)>)> = Vec::new();
+        let mut jobs: Vec<(Arc<DevicePagemap>, Jobs)> = Vec::new();
         while let Some(&page) = self.isolation.pages().get(self.placements.len()) {
             let index = self.placements.len();
             let Some((pagemap, from)) = self.place_of(index) else {
@@ -316,11 +312,11 @@ impl Migration<Isolated> {
     }
 
     /// Has the device copy, and marks the pages whose copies failed to go back.
-    fn do_jobs(&mut self, pagemap: &DevicePagemap, jobs: Vec<(usize, CopyJob)>) {
+    fn do_jobs(&mut self, pagemap: &DevicePagemap, jobs: Jobs) {
         if jobs.is_empty() {
             return;
         }
-        let (indexes, mut jobs): (Vec<usize>, Vec<CopyJob>) = jobs.into_iter().unzip();
+        let (indexes, mut jobs): (Vec<_>, Vec<_>) = jobs.into_iter().unzip();
         pagemap.memory().copy(&*self.isolation.memory(), &mut jobs);
         for (index, job) in indexes.into_iter().zip(jobs) {
             if !job.is_complete() {
