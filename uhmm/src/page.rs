@@ -346,3 +346,68 @@ impl fmt::Debug for Order {
         write!(f, "order {}", self.0)
     }
 }
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Regression 59: arithmetic at the end of the address space.
+    #[test]
+    fn a_range_may_end_at_the_top_of_the_address_space_and_not_beyond() {
+        let top = PageRange::from(Page::MAX);
+        assert_eq!(top.va_range().last(), u64::MAX);
+        assert_eq!(top.last().checked_add(1), None);
+        assert!(matches!(
+            PageRange::from_pages(Page::MAX, 2),
+            Err(PageRangeError::Wraps { pages: 2, .. })
+        ));
+        assert_eq!(PageRange::covering(VaRange::ALL), PageRange::ALL);
+        assert_eq!(PageRange::ALL.va_range(), VaRange::ALL);
+        assert!(PageRange::ALL.contains(Page::MAX) && PageRange::ALL.covers(top));
+        let huge = Page::MAX.block(Order::HUGE);
+        assert_eq!((huge.last(), huge.pages()), (Page::MAX, 512));
+        assert_eq!(huge.blocks(Order::HUGE).collect::<Vec<_>>(), [huge]);
+        assert_eq!(PageRange::new(u64::MAX - 0xfff, 0x1000), Ok(top));
+    }
+
+    #[test]
+    fn what_is_no_range_is_refused_with_the_reason() {
+        assert_eq!(PageRange::new(0x1000, 0), Err(PageRangeError::Empty { address: 0x1000 }));
+        let unaligned = |address, bytes| Err(PageRangeError::Unaligned { address, bytes });
+        assert_eq!(PageRange::new(0x1001, 0x1000), unaligned(0x1001, 0x1000));
+        assert_eq!(PageRange::new(0x1000, 0x1001), unaligned(0x1000, 0x1001));
+        assert_eq!(Page::new(1 << 52), None);
+        assert_eq!(Order::new(19), None);
+    }
+
+    proptest! {
+        #[test]
+        fn blocks_are_a_partition_at_aligned_edges(
+            first in 0u64..5000, pages in 1u64..3000, order in 0u8..11
+        ) {
+            let order = Order::new(order).expect("an order");
+            let range = PageRange::from_pages(Page(first), pages).expect("a range");
+            let pieces: Vec<PageRange> = range.blocks(order).collect();
+            let all: Vec<Page> = pieces.iter().flat_map(|piece| piece.iter()).collect();
+            prop_assert_eq!(all, range.iter().collect::<Vec<_>>());
+            for piece in pieces {
+                prop_assert!(piece.first().block(order).covers(piece));
+            }
+        }
+
+        #[test]
+        fn ranges_agree_with_sets_of_pages(
+            a in (0u64..40, 1u64..20), b in (0u64..40, 1u64..20)
+        ) {
+            let range = |(first, pages)| PageRange::from_pages(Page(first), pages).expect("small");
+            let (a, b) = (range(a), range(b));
+            let both: Vec<Page> = a.iter().filter(|&page| b.contains(page)).collect();
+            let common = a.intersection(b).map(|range| range.iter().collect()).unwrap_or_default();
+            prop_assert_eq!(&both, &common);
+            prop_assert_eq!(a.overlaps(b), !both.is_empty());
+            prop_assert_eq!(a.covers(b), both.len() == b.len());
+        }
+    }
+}

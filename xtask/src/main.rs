@@ -9,6 +9,7 @@
 mod mutants;
 mod step;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -20,6 +21,11 @@ use crate::step::{CommandLine, Failure, Step, run_all, target_dir};
 
 /// How long a toolchain may take to say its version.
 const PROBE_LIMIT: Duration = Duration::from_secs(60);
+
+/// The tests with many threads: ordinary ones, which are also run under checkers that judge how the
+/// threads interleave. Each is a test binary of one crate.
+const CONCURRENT: [(&str, &str); 3] =
+    [("mmu-notifier", "stress"), ("uhmm", "concurrency"), ("uhmm-devices", "concurrency")];
 
 /// The names of the steps of `test`, in order.
 const STEP_NAMES: [&str; 11] = [
@@ -64,11 +70,11 @@ enum Task {
         #[arg(long)]
         list: bool,
     },
-    /// Run the stress tests under shuttle, which draws schedules at random.
+    /// Run the concurrent tests of all crates under shuttle, which draws schedules at random.
     ///
     /// Builds with `--cfg shuttle` into target/shuttle.
     Shuttle {
-        /// Arguments of the test binary.
+        /// Arguments of the test binaries.
         #[arg(last = true, value_name = "ARGS")]
         arguments: Vec<String>,
     },
@@ -103,7 +109,7 @@ enum Task {
     /// Miri interprets the program and reports undefined behaviour. It needs a nightly toolchain
     /// with the components miri and rust-src; the exit status is 2 where they are missing.
     Miri,
-    /// Run the stress tests under ThreadSanitizer, which reports data races.
+    /// Run the concurrent tests of all crates under ThreadSanitizer, which reports data races.
     ///
     /// The standard library is built with the sanitizer too, into target/tsan. This needs a
     /// nightly toolchain with the component rust-src; the exit status is 2 where it is missing.
@@ -147,13 +153,13 @@ fn run(task: Task) -> Result<(), Failure> {
 /// The steps of `cargo xtask test`, in the order of [`STEP_NAMES`].
 fn test_steps() -> Vec<Step> {
     let cargo = CommandLine::cargo;
-    let plain = |name, line| Step { name, line, must_run_tests: false };
-    let tests = |name, line| Step { name, line, must_run_tests: true };
+    let plain = |name, line| Step { name, line, test_binaries: 0 };
+    let tests = |name, line| Step { name, line, test_binaries: 1 };
     vec![
         plain("fmt", cargo("fmt --all --check")),
         plain("clippy", cargo("clippy --workspace --all-targets -- -D warnings")),
-        plain("clippy-shuttle", clippy_under("shuttle", "stress")),
-        plain("clippy-loom", clippy_under("loom", "models")),
+        plain("clippy-shuttle", clippy_under("shuttle", &CONCURRENT)),
+        plain("clippy-loom", clippy_under("loom", &[("mmu-notifier", "models")])),
         plain("doc", cargo("doc --workspace --no-deps").variable("RUSTDOCFLAGS", "-D warnings")),
         // `--all-targets` includes the benchmarks, which run each measured body once, and leaves
         // the documentation's tests out, which are the step after.
@@ -166,31 +172,51 @@ fn test_steps() -> Vec<Step> {
     ]
 }
 
-/// Lints of what is only built under a checker: the library as it is there, and its test.
-fn clippy_under(checker: &str, test: &str) -> CommandLine {
-    let words = format!("clippy -p mmu-notifier --release --lib --test {test} -- -D warnings");
+/// Lints of what is only built under a checker: the libraries as they are there, and their tests.
+fn clippy_under(checker: &str, tests: &[(&str, &str)]) -> CommandLine {
+    let words = format!("clippy --release --lib{} -- -D warnings", selection(tests));
     CommandLine::cargo(&words)
         .variable("RUSTFLAGS", format!("--cfg {checker}"))
         .variable("CARGO_TARGET_DIR", target_dir(checker))
 }
 
+/// The words by which cargo selects test binaries, each given by its crate and its name. A name
+/// that several crates have is said once.
+fn selection(tests: &[(&str, &str)]) -> String {
+    let mut words = String::new();
+    for (package, _) in tests {
+        words += &format!(" -p {package}");
+    }
+    let names: BTreeSet<&str> = tests.iter().map(|&(_, name)| name).collect();
+    for name in names {
+        words += &format!(" --test {name}");
+    }
+    words
+}
+
 fn shuttle_step(arguments: &[String]) -> Step {
-    let line = CommandLine::cargo("test -p mmu-notifier --release --test stress")
+    let line = CommandLine::cargo(&format!("test --release{}", selection(&CONCURRENT)))
         .variable("RUSTFLAGS", "--cfg shuttle")
         .variable("CARGO_TARGET_DIR", target_dir("shuttle"));
-    test_binary_step("shuttle", line, arguments)
+    test_binary_step("shuttle", line, CONCURRENT.len(), arguments)
 }
 
 fn loom_step(filter: Option<String>, arguments: &[String]) -> Step {
     let line = loom_line().variable("LOOM_MAX_PREEMPTIONS", max_preemptions()).arguments(filter);
-    test_binary_step("loom", line, arguments)
+    test_binary_step("loom", line, 1, arguments)
 }
 
-fn test_binary_step(name: &'static str, line: CommandLine, arguments: &[String]) -> Step {
+fn test_binary_step(
+    name: &'static str,
+    line: CommandLine,
+    test_binaries: usize,
+    arguments: &[String],
+) -> Step {
+    if arguments.is_empty() {
+        return Step { name, line, test_binaries };
+    }
     // With arguments of their own the user may want a list, and no test to run.
-    let must_run_tests = arguments.is_empty();
-    let separator = if arguments.is_empty() { "" } else { "--" };
-    Step { name, line: line.words(separator).arguments(arguments), must_run_tests }
+    Step { name, line: line.words("--").arguments(arguments), test_binaries: 0 }
 }
 
 /// The command that builds and runs the models.
@@ -209,9 +235,12 @@ fn max_preemptions() -> String {
 fn miri_steps() -> [Step; 2] {
     let step = |name, flags| Step {
         name,
-        line: CommandLine::cargo("+nightly miri test -p mmu-notifier --lib --test protocol")
-            .variable("MIRIFLAGS", flags),
-        must_run_tests: true,
+        line: CommandLine::cargo(
+            "+nightly miri test -p mmu-notifier -p uhmm --lib --test protocol",
+        )
+        .variable("MIRIFLAGS", flags),
+        // The libraries' own tests, and `protocol`.
+        test_binaries: 3,
     };
     [
         step("stacked-borrows", "-Zmiri-strict-provenance"),
@@ -220,12 +249,14 @@ fn miri_steps() -> [Step; 2] {
 }
 
 fn tsan_step() -> Step {
-    let words = "+nightly test -Zbuild-std --target x86_64-unknown-linux-gnu -p mmu-notifier \
-                 --release --test stress";
-    let line = CommandLine::cargo(words)
+    let words = format!(
+        "+nightly test -Zbuild-std --target x86_64-unknown-linux-gnu --release{}",
+        selection(&CONCURRENT)
+    );
+    let line = CommandLine::cargo(&words)
         .variable("RUSTFLAGS", "-Zsanitizer=thread")
         .variable("CARGO_TARGET_DIR", target_dir("tsan"));
-    Step { name: "tsan", line, must_run_tests: true }
+    Step { name: "tsan", line, test_binaries: CONCURRENT.len() }
 }
 
 /// Fails, with the command that helps, unless a nightly toolchain with `components` is installed.
@@ -282,6 +313,16 @@ mod tests {
     fn arguments_of_the_test_binary_come_last() {
         let step = loom_step(Some("seed".to_owned()), &["--nocapture".to_owned()]);
         assert!(step.line.to_string().ends_with("--test models seed -- --nocapture"));
-        assert!(!step.must_run_tests);
+        assert_eq!(step.test_binaries, 0);
+    }
+
+    #[test]
+    fn one_command_runs_the_concurrent_tests_of_all_crates() {
+        let step = shuttle_step(&[]);
+        assert!(step.line.to_string().ends_with(
+            "cargo test --release -p mmu-notifier -p uhmm -p uhmm-devices --test concurrency \
+             --test stress"
+        ));
+        assert_eq!(step.test_binaries, 3);
     }
 }

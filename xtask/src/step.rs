@@ -81,8 +81,9 @@ impl CommandLine {
         self
     }
 
-    /// Runs the command while passing its output through, and returns how many tests it ran.
-    pub(crate) fn run(&self) -> Result<(ExitStatus, usize), Failure> {
+    /// Runs the command while passing its output through, and returns how many tests each test
+    /// binary ran.
+    pub(crate) fn run(&self) -> Result<(ExitStatus, Vec<usize>), Failure> {
         let mut child = self.spawn(Stdio::piped(), Stdio::inherit())?;
         let mut from_child = child.stdout.take().expect("the child's stdout is a pipe");
         let mut seen = Vec::new();
@@ -188,9 +189,9 @@ pub(crate) struct Step {
     pub(crate) name: &'static str,
     /// What it runs.
     pub(crate) line: CommandLine,
-    /// Whether a run in which no test ran is a failure: a filter or a cfg that misses is not
+    /// How many test binaries must each have run a test: a filter or a cfg that misses is not
     /// success.
-    pub(crate) must_run_tests: bool,
+    pub(crate) test_binaries: usize,
 }
 
 /// Runs `steps` in order, except those named in `skip`, and stops at the first that fails.
@@ -232,21 +233,30 @@ pub(crate) fn run_all(steps: &[Step], skip: &[String]) -> Result<(), Failure> {
 }
 
 fn run_one(step: &Step) -> Result<usize, Failure> {
-    let Step { name, line, must_run_tests } = step;
+    let Step { name, line, .. } = step;
     let (status, tests) = line.run()?;
     if !status.success() {
         return failed(format!("step `{name}` failed ({status}); to repeat it alone:\n  {line}"));
     }
-    if *must_run_tests && tests == 0 {
-        return failed(format!("step `{name}` ran no test at all; to repeat it alone:\n  {line}"));
-    }
-    Ok(tests)
+    judge(step, &tests)
 }
 
-/// How many tests passed, by the summaries that test binaries print.
-fn tests_passed(output: &str) -> usize {
+/// Sums up how many tests each test binary ran, if enough of them ran any.
+fn judge(Step { name, line, test_binaries }: &Step, tests: &[usize]) -> Result<usize, Failure> {
+    let ran = tests.iter().filter(|&&passed| passed > 0).count();
+    if ran < *test_binaries {
+        return failed(format!(
+            "step `{name}` ran tests of {ran} test binaries, and {test_binaries} are due; to \
+             repeat it alone:\n  {line}"
+        ));
+    }
+    Ok(tests.iter().sum())
+}
+
+/// How many tests passed in each test binary, by the summaries that they print.
+fn tests_passed(output: &str) -> Vec<usize> {
     let summaries = output.lines().filter_map(|line| line.strip_prefix("test result: ok. "));
-    summaries.filter_map(|rest| rest.split(' ').next()?.parse::<usize>().ok()).sum()
+    summaries.filter_map(|rest| rest.split(' ').next()?.parse().ok()).collect()
 }
 
 fn collect(mut pipe: impl Read + Send + 'static) -> thread::JoinHandle<String> {
@@ -282,12 +292,12 @@ mod tests {
     }
 
     #[test]
-    fn passed_tests_are_summed_over_binaries() {
+    fn passed_tests_are_counted_for_each_binary() {
         let output = "running 2 tests\ntest result: ok. 2 passed; 0 failed; 0 ignored\n\
                       running 0 tests\ntest result: ok. 0 passed; 0 failed\n\
                       test result: ok. 11 passed; 0 failed\n";
-        assert_eq!(tests_passed(output), 13);
-        assert_eq!(tests_passed("nothing of the kind"), 0);
+        assert_eq!(tests_passed(output), [2, 0, 11]);
+        assert_eq!(tests_passed("nothing of the kind"), [0; 0]);
     }
 
     #[test]
@@ -299,18 +309,23 @@ mod tests {
     #[test]
     fn a_step_that_runs_no_test_fails_only_where_tests_are_due() {
         let step =
-            |must_run_tests| Step { name: "s", line: CommandLine::new("true"), must_run_tests };
-        assert!(run_one(&step(false)).is_ok());
-        assert!(matches!(run_one(&step(true)), Err(Failure::Failed(_))));
+            |test_binaries| Step { name: "s", line: CommandLine::new("true"), test_binaries };
+        assert!(run_one(&step(0)).is_ok());
+        assert!(matches!(run_one(&step(1)), Err(Failure::Failed(_))));
+    }
+
+    #[test]
+    fn every_test_binary_that_is_due_must_run_a_test() {
+        let step =
+            |test_binaries| Step { name: "s", line: CommandLine::new("true"), test_binaries };
+        assert_eq!(judge(&step(2), &[3, 0, 4]).ok(), Some(7));
+        assert!(matches!(judge(&step(2), &[3, 0]), Err(Failure::Failed(_))));
     }
 
     #[test]
     fn the_first_failing_step_ends_the_series() {
-        let step = |name, program: &str| Step {
-            name,
-            line: CommandLine::new(program),
-            must_run_tests: false,
-        };
+        let step =
+            |name, program: &str| Step { name, line: CommandLine::new(program), test_binaries: 0 };
         // The third step would report a program that cannot be started, if it were reached.
         let steps = [step("one", "true"), step("two", "false"), step("three", "no such program")];
         assert!(matches!(run_all(&steps, &[]), Err(Failure::Failed(_))));
