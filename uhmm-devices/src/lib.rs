@@ -1,2 +1,4 @@
-//! Devices for uhmm.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
+
+pub mod gpu;

@@ -1,4 +1,6 @@
-//! What a device sees of an address space.
+#![doc = include_str!("../README.md")]
+//!
+//! What does not compile, on purpose, is in [`guarantees`].
 #![forbid(unsafe_code)]
 
 mod address_space;
@@ -13,11 +15,13 @@ pub mod guarantees;
 mod injector;
 mod migrate;
 mod mirror;
+pub mod operations;
 mod page;
 mod pagemap;
 pub mod policy;
 #[doc(hidden)]
 pub mod primitive;
+pub mod sim;
 mod statistics;
 
 pub use address_space::{AddressSpace, Mm, SpaceId};

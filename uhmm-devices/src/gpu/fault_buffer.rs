@@ -1,0 +1,335 @@
+//! Where contexts report what they could not reach, and sleep until it was seen to.
+//!
+//! A context that finds no translation, or one that allows too little, puts a [`Packet`] into the
+//! buffer and sleeps. The driver takes packets out in batches, sees to their pages, and *replays*:
+//! every sleeping context wakes and tries its access again. One whose page was not served yet finds
+//! that out by itself and reports again, so packets may be dropped at a replay
+//! ([`flush`](FaultBuffer::replay)), and a packet that is reported twice does no harm. What cannot
+//! be served is *cancelled*: the one context wakes, and its access fails.
+//!
+//! # Nobody sleeps for ever
+//!
+//! A context sleeps only while its ticket has no outcome, and all of this is under one lock. Each
+//! end gives every ticket concerned its outcome, and refuses those that come later: the end of a
+//! mirror ([`end_tables`](FaultBuffer::end_tables)), and the end of the service
+//! ([`close`](FaultBuffer::close)). A buffer that is full makes a context wait the same way. Where
+//! nobody serves the buffer at all, a context gives up after its patience.
+//!
+//! The lock is a leaf: nothing is called under it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use uhmm::primitive::atomic::AtomicU32;
+use uhmm::primitive::{Condvar, Mutex, MutexGuard, lock, wait};
+use uhmm::{Access, MirrorHandle, Page};
+
+use super::SoftGpu;
+use super::fault::FaultReason;
+use super::tables::Tables;
+
+/// A fault, as the hardware reports it.
+#[derive(Clone)]
+pub(crate) struct Packet {
+    pub(crate) ticket: u64,
+    pub(crate) handle: MirrorHandle<SoftGpu>,
+    pub(crate) tables: Arc<Tables>,
+    pub(crate) page: Page,
+    pub(crate) access: Access,
+    /// How often serving the access has failed in a way that may pass.
+    pub(crate) failures: Arc<AtomicU32>,
+}
+
+/// What became of a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// Try again.
+    Replayed,
+    /// The access has failed.
+    Cancelled(FaultReason),
+}
+
+/// What the fault buffer has seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FaultStatistics {
+    /// Faults that contexts reported.
+    pub reported: u64,
+    /// Faults that found the buffer full, and waited or were replayed at once.
+    pub overflows: u64,
+    /// Faults that were taken out of the buffer to be served.
+    pub fetched: u64,
+    /// Of those, faults on a page that another fault of the same batch is on.
+    pub duplicates: u64,
+    /// Pages that needed no service any more when their turn came.
+    pub already_served: u64,
+    /// Faults that were dropped at a replay, to be reported again if need be.
+    pub flushed: u64,
+    /// Replays.
+    pub replays: u64,
+    /// Faults that were replayed because serving them failed in a way that may pass.
+    pub retried: u64,
+    /// Accesses that were made to fail.
+    pub cancelled: u64,
+}
+
+/// The fault buffer of a GPU.
+pub(crate) struct FaultBuffer {
+    capacity: usize,
+    state: Mutex<State>,
+    /// Somebody has an outcome, or there is room in the buffer.
+    settled: Condvar,
+    /// There is something to be served, or the service is to end.
+    reported: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    ring: VecDeque<Packet>,
+    waiters: BTreeMap<u64, Waiter>,
+    tickets: u64,
+    /// Whether faults are refused: after the service was stopped.
+    closed: bool,
+    /// The service thread is to end when the buffer is empty.
+    stopping: bool,
+    serving: bool,
+    statistics: FaultStatistics,
+}
+
+struct Waiter {
+    tables: u64,
+    outcome: Option<Outcome>,
+}
+
+impl FaultBuffer {
+    pub(crate) fn new(capacity: usize) -> FaultBuffer {
+        FaultBuffer {
+            capacity,
+            state: Mutex::default(),
+            settled: Condvar::new(),
+            reported: Condvar::new(),
+        }
+    }
+
+    /// Reports a fault, whose ticket is given here, and sleeps until it has an outcome. With
+    /// `twice`, the packet goes in twice if there is room.
+    pub(crate) fn report(
+        &self,
+        mut packet: Packet,
+        twice: bool,
+        deadline: Option<Instant>,
+    ) -> Outcome {
+        let mut state = lock(&self.state);
+        state.statistics.reported += 1;
+        if state.ring.len() >= self.capacity {
+            state.statistics.overflows += 1;
+        }
+        loop {
+            if let Some(reason) = state.refuses(&packet.tables) {
+                return state.cancelled(reason);
+            }
+            if state.ring.len() < self.capacity {
+                break;
+            }
+            let (guard, in_time) = wait(&self.settled, state, deadline);
+            state = guard;
+            if !in_time {
+                return state.cancelled(FaultReason::Unserved);
+            }
+        }
+        state.tickets += 1;
+        let ticket = state.tickets;
+        packet.ticket = ticket;
+        let tables = packet.tables.id();
+        state.waiters.insert(ticket, Waiter { tables, outcome: None });
+        if twice && state.ring.len() + 1 < self.capacity {
+            state.ring.push_back(packet.clone());
+        }
+        state.ring.push_back(packet);
+        self.reported.notify_all();
+        self.sleep(state, ticket, deadline)
+    }
+
+    fn sleep<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        ticket: u64,
+        deadline: Option<Instant>,
+    ) -> Outcome {
+        loop {
+            let waiter = state.waiters.get(&ticket).expect("a waiter removes itself");
+            if let Some(outcome) = waiter.outcome {
+                state.waiters.remove(&ticket);
+                return outcome;
+            }
+            let (guard, in_time) = wait(&self.settled, state, deadline);
+            state = guard;
+            if !in_time {
+                let waiter = state.waiters.remove(&ticket).expect("a waiter removes itself");
+                let given_up = || {
+                    state.ring.retain(|packet| packet.ticket != ticket);
+                    state.cancelled(FaultReason::Unserved)
+                };
+                return waiter.outcome.unwrap_or_else(given_up);
+            }
+        }
+    }
+
+    /// Counts a fault that is replayed at once because the buffer is full, or seems so.
+    pub(crate) fn overflow(&self) {
+        let mut state = lock(&self.state);
+        state.statistics.reported += 1;
+        state.statistics.overflows += 1;
+    }
+
+    /// Takes out up to `batch` packets, the oldest first.
+    pub(crate) fn fetch(&self, batch: usize) -> Vec<Packet> {
+        let mut state = lock(&self.state);
+        let fetched = state.take(batch);
+        if !fetched.is_empty() {
+            self.settled.notify_all();
+        }
+        fetched
+    }
+
+    /// Sleeps until there are packets or the service is to end, and takes out up to `batch`.
+    /// Nothing where it is to end and no packet is left.
+    pub(crate) fn fetch_blocking(&self, batch: usize) -> Vec<Packet> {
+        let mut state = lock(&self.state);
+        while state.ring.is_empty() && !state.stopping {
+            (state, _) = wait(&self.reported, state, None);
+        }
+        let fetched = state.take(batch);
+        self.settled.notify_all();
+        fetched
+    }
+
+    /// Wakes every context that sleeps, to try its access again. With `flush`, what is in the buffer
+    /// is dropped first: those whose pages were not served will report again.
+    pub(crate) fn replay(&self, flush: bool) {
+        let mut state = lock(&self.state);
+        if flush {
+            state.statistics.flushed += state.ring.len() as u64;
+            state.ring.clear();
+        }
+        state.statistics.replays += 1;
+        for waiter in state.waiters.values_mut() {
+            waiter.outcome.get_or_insert(Outcome::Replayed);
+        }
+        self.settled.notify_all();
+    }
+
+    /// Makes the accesses of these packets fail, and of no others. Those that were replayed
+    /// meanwhile will be back.
+    pub(crate) fn cancel<'a>(
+        &self,
+        packets: impl IntoIterator<Item = &'a Packet>,
+        reason: FaultReason,
+    ) -> u64 {
+        let mut state = lock(&self.state);
+        let mut cancelled = 0;
+        for packet in packets {
+            let waiter = state.waiters.get_mut(&packet.ticket);
+            if let Some(waiter) = waiter.filter(|waiter| waiter.outcome.is_none()) {
+                waiter.outcome = Some(Outcome::Cancelled(reason));
+                cancelled += 1;
+            }
+        }
+        state.statistics.cancelled += cancelled;
+        self.settled.notify_all();
+        cancelled
+    }
+
+    /// Ends the faults of a mirror that ends: those that sleep are cancelled, and those that come
+    /// later are refused.
+    pub(crate) fn end_tables(&self, tables: &Tables) {
+        let mut state = lock(&self.state);
+        tables.set_gone();
+        state.ring.retain(|packet| packet.tables.id() != tables.id());
+        let reason = FaultReason::Gone;
+        state.cancel_all(|waiter| waiter.tables == tables.id(), reason);
+        self.settled.notify_all();
+    }
+
+    /// Lets a service thread begin; `false` if there is one.
+    pub(crate) fn open(&self) -> bool {
+        let mut state = lock(&self.state);
+        if state.serving {
+            return false;
+        }
+        (state.closed, state.stopping, state.serving) = (false, false, true);
+        true
+    }
+
+    /// Takes faults again.
+    pub(crate) fn reopen(&self) {
+        lock(&self.state).closed = false;
+    }
+
+    /// Refuses faults from now on, and lets the service thread end when it has served those that
+    /// are in the buffer.
+    pub(crate) fn stop(&self) {
+        let mut state = lock(&self.state);
+        (state.closed, state.stopping) = (true, true);
+        self.reported.notify_all();
+        self.settled.notify_all();
+    }
+
+    /// Ends the service: who still sleeps is cancelled. Those are contexts whose faults were fetched
+    /// by a service that failed.
+    pub(crate) fn close(&self) {
+        let mut state = lock(&self.state);
+        state.ring.clear();
+        state.cancel_all(|_| true, FaultReason::Stopped);
+        (state.stopping, state.serving) = (false, false);
+        self.settled.notify_all();
+    }
+
+    /// Tells how many faults wait to be fetched.
+    pub(crate) fn len(&self) -> usize {
+        lock(&self.state).ring.len()
+    }
+
+    /// Tells how many contexts sleep.
+    pub(crate) fn sleepers(&self) -> usize {
+        lock(&self.state).waiters.values().filter(|waiter| waiter.outcome.is_none()).count()
+    }
+
+    pub(crate) fn statistics(&self) -> FaultStatistics {
+        lock(&self.state).statistics
+    }
+
+    /// Adds to the figures.
+    pub(crate) fn count(&self, add: impl FnOnce(&mut FaultStatistics)) {
+        add(&mut lock(&self.state).statistics);
+    }
+}
+
+impl State {
+    fn refuses(&self, tables: &Tables) -> Option<FaultReason> {
+        if tables.is_gone() {
+            return Some(FaultReason::Gone);
+        }
+        self.closed.then_some(FaultReason::Stopped)
+    }
+
+    fn cancelled(&mut self, reason: FaultReason) -> Outcome {
+        self.statistics.cancelled += 1;
+        Outcome::Cancelled(reason)
+    }
+
+    fn cancel_all(&mut self, concerned: impl Fn(&Waiter) -> bool, reason: FaultReason) {
+        let sleeping = self.waiters.values_mut().filter(|waiter| waiter.outcome.is_none());
+        for waiter in sleeping.filter(|waiter| concerned(waiter)) {
+            waiter.outcome = Some(Outcome::Cancelled(reason));
+            self.statistics.cancelled += 1;
+        }
+    }
+
+    fn take(&mut self, batch: usize) -> Vec<Packet> {
+        let count = self.ring.len().min(batch);
+        self.statistics.fetched += count as u64;
+        self.ring.drain(..count).collect()
+    }
+}

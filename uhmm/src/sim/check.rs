@@ -1,0 +1,144 @@
+//! Whole: what must hold of a machine whenever its lock is free.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::object::{Location, ObjectId, PageObject};
+use super::page_table::{Entry, Sight, Target};
+use super::state::State;
+use crate::address_space::SpaceId;
+use crate::entry::{Access, Frame};
+use crate::page::{Order, Page, PageRange};
+
+impl State {
+    /// Says what does not hold, if anything.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let mut found: BTreeMap<ObjectId, BTreeSet<(SpaceId, Page)>> = BTreeMap::new();
+        for (&space, state) in &self.spaces {
+            for (page, entry) in state.table.overlapping(PageRange::ALL) {
+                self.check_entry(space, page, entry)?;
+                if let Some(id) = entry.object() {
+                    found.entry(id).or_default().insert((space, page));
+                }
+            }
+        }
+        let mut owners: BTreeMap<u64, String> = BTreeMap::new();
+        for (&id, object) in &self.objects {
+            let entries = found.remove(&id).unwrap_or_default();
+            if entries != object.mappings {
+                return Err(format!(
+                    "the reverse map of {id:?} says {:?}, and the page tables {entries:?}",
+                    object.mappings
+                ));
+            }
+            self.check_object(id, object, &mut owners)?;
+        }
+        if let Some((id, entries)) = found.first_key_value() {
+            return Err(format!("{entries:?} lead to {id:?}, which is no more"));
+        }
+        self.check_frames(owners)
+    }
+
+    fn check_entry(&self, space: SpaceId, page: Page, entry: &Entry) -> Result<(), String> {
+        let at = format!("the entry at {page} of {space:?}");
+        let Some(vma) = self.vma(space, page) else {
+            return Err(format!("{at} is in no mapping"));
+        };
+        if !vma.range.covers(page.block(entry.order)) {
+            return Err(format!("{at} reaches out of its mapping {}", vma.range));
+        }
+        if entry.writable && vma.rights < Access::Write {
+            return Err(format!("{at} lets stores through, and its mapping does not"));
+        }
+        let Target::Object { id, index } = entry.target else {
+            let fits = !entry.writable && entry.sight == Sight::Visible;
+            return if fits { Ok(()) } else { Err(format!("{at} leads to the zeroes: {entry:?}")) };
+        };
+        let Some(object) = self.objects.get(&id) else { return Ok(()) };
+        let hidden = matches!(object.location, Location::Swap(_) | Location::Transit(_));
+        if hidden != entry.is_hidden() {
+            return Err(format!(
+                "{at} is {:?}, and its page is {:?}",
+                entry.sight, object.location
+            ));
+        }
+        let in_transit = matches!(object.location, Location::Transit(_));
+        if (index != 0 || entry.order != object.order) && !in_transit {
+            return Err(format!("{at} leads to a part of {id:?}, which is not in transit"));
+        }
+        if entry.writable && object.is_shared() && vma.is_private() {
+            return Err(format!("{at} lets stores through to {id:?}, which others share"));
+        }
+        if entry.writable && !object.is_anonymous() && vma.is_private() {
+            return Err(format!("{at} of a private mapping lets stores through to a file"));
+        }
+        let plain = object.is_anonymous() && !object.is_shared() && object.order == Order::PAGE;
+        if entry.holder().is_some() && !(plain && object.frame().is_some()) {
+            return Err(format!("{at} is held exclusively, and its page cannot be"));
+        }
+        Ok(())
+    }
+
+    fn check_object(
+        &self,
+        id: ObjectId,
+        object: &PageObject,
+        owners: &mut BTreeMap<u64, String>,
+    ) -> Result<(), String> {
+        let cached = object.file.is_some_and(|(file, index)| {
+            self.files.get(&file).is_some_and(|file| file.pages.get(&index) == Some(&id))
+        });
+        if object.file.is_some() && !cached {
+            return Err(format!("{id:?} is a page of a file that does not have it"));
+        }
+        let in_transit = matches!(object.location, Location::Transit(_));
+        if object.mappings.is_empty() && !cached && !in_transit {
+            return Err(format!("{id:?} is leaked: nobody has it mapped"));
+        }
+        match &object.location {
+            Location::System(Frame(first)) => {
+                for frame in *first..first + object.order.pages() {
+                    if let Some(other) = owners.insert(frame, format!("{id:?}")) {
+                        return Err(format!("frame {frame} belongs to {other} and to {id:?}"));
+                    }
+                }
+            }
+            Location::Device(block) => {
+                if block.order() != object.order {
+                    return Err(format!("{id:?} of {:?} is in {block:?}", object.order));
+                }
+                if self.object_at(block.location()) != Some(id) {
+                    return Err(format!("{id:?} is in {block:?}, which is not found there"));
+                }
+            }
+            Location::Swap(_) => {}
+            Location::Transit(isolation) => {
+                if !self.isolations.contains_key(isolation) {
+                    return Err(format!("{id:?} is in transit for ever: {isolation:?} is over"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_frames(&self, mut owners: BTreeMap<u64, String>) -> Result<(), String> {
+        for (&Frame(frame), ()) in &self.orphans {
+            if let Some(other) = owners.insert(frame, String::from("a pin alone")) {
+                return Err(format!("frame {frame} belongs to a pin alone and to {other}"));
+            }
+        }
+        for (frame, in_transit) in self.ram.list() {
+            match (owners.remove(&frame), in_transit) {
+                (Some(_), false) => {}
+                (Some(owner), true) => {
+                    return Err(format!("frame {frame} of {owner} counts as in transit"));
+                }
+                (None, true) if !self.isolations.is_empty() => {}
+                (None, _) => return Err(format!("frame {frame} is leaked: no page is in it")),
+            }
+        }
+        match owners.first_key_value() {
+            Some((frame, owner)) => Err(format!("frame {frame} of {owner} is free")),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! A complete simulated machine: system memory, files, and processes whose memory devices share.
+//!
+//! It is a [`Backend`](crate::Backend) without a kernel, for testing: drivers and policies on it,
+//! and this crate itself. It has everything that changes an address space behind a device's back,
+//! announces each as the kernel does, and finds out whoever works on memory that is no longer
+//! theirs:
+//!
+//! * No frame number is used twice, so a device that uses a translation after its time hits a frame
+//!   that is free or in transit. That panics with the frame and the reason, or is listed in
+//!   [`Machine::violations`] where [`MachineOptions::count_violations`] says so.
+//! * [`Machine::check`] says whether every page has exactly one copy, every frame one owner, and
+//!   every reverse map is true.
+//! * An [`Injector`] makes allocations (`"frame"`) and splits of large pages (`"split"`) fail.
+//!
+//! Nothing depends on time or on addresses, so under a deterministic scheduler a run repeats.
+//!
+//! # Locks
+//!
+//! A machine has one lock, over all page tables and all pages, and no lock beside it that is held
+//! for longer than one access to memory. Each change of what can be seen is made in four parts:
+//!
+//! 1. Under the lock, *find* which entries of which address spaces it is about: a page that was
+//!    shared by fork or merged is in several.
+//! 2. Without the lock, *announce* all of them, which waits until every device has stopped.
+//! 3. Under the lock, find again. If that was all announced, make the change, in one step. If not,
+//!    end the announcements and begin again: somebody was faster.
+//! 4. End the announcements.
+//!
+//! So whoever holds the lock sees no change half done, and nothing is called under it but drop
+//! handlers of frames and blocks: no device, no policy and no announcement. Announcing in (2) cannot
+//! deadlock with the lock, since nobody who holds it waits for anything. Whoever sleeps until a page
+//! arrives holds neither the lock nor an announcement, and who has the page in transit needs only
+//! the lock to end that; so it always ends. A thread that would sleep for an isolation of its own is
+//! told so ([`FaultError::SelfWait`](crate::FaultError::SelfWait)). An isolation counts as that of
+//! the thread that began it.
+//!
+//! The order of locks is: announcement, machine, then the accounts of a device's memory (when a
+//! block is split or settled) and system memory, whose lock covers one access. Device memory that
+//! is freed is given back after the machine's lock is released.
+//!
+//! # That nothing changes unannounced
+//!
+//! The page table is a type of its own, which gives out an entry that can be seen for changing only
+//! against an `Announced`. There is no other way to make one of those than to announce, and each
+//! change is checked to be within it; one that is not panics with the page. What nobody can see
+//! (places never touched, swapped out, in transit) may be filled in without, and a store may be let
+//! through where only loads were: what devices were told before stays true.
+//!
+//! # Examples
+//!
+//! ```
+//! use uhmm::sim::{Machine, Mapping};
+//! use uhmm::{Access, PageRange};
+//!
+//! let machine = Machine::new();
+//! let process = machine.spawn();
+//! let range = PageRange::new(0x10000, 0x4000)?;
+//! process.map(range, Mapping::anonymous(Access::Write))?;
+//!
+//! process.store_u64(0x10000, 42)?;
+//! let child = process.fork()?;
+//! child.store_u64(0x10000, 43)?;
+//! assert_eq!(process.load_u64(0x10000)?, 42);
+//!
+//! assert_eq!(process.reclaim(range), 1);
+//! assert_eq!(process.load_u64(0x10000)?, 42);
+//!
+//! drop((process, child));
+//! assert_eq!(machine.frames(), 0);
+//! machine.check()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod access;
+mod check;
+mod error;
+mod fault;
+mod file;
+mod fork;
+mod isolation;
+mod machine;
+mod mapping;
+mod object;
+mod page_table;
+mod pin;
+mod process;
+mod ram;
+mod reclaim;
+mod space;
+mod state;
+mod vma;
+
+pub use error::SimError;
+pub use file::File;
+pub use machine::{Machine, MachineOptions};
+pub use pin::Pin;
+pub use process::{Mapping, PageFlags, Process};

@@ -1,0 +1,449 @@
+//! Migration: there, home, and every way in which it does not come about.
+#![cfg(not(any(loom, shuttle)))]
+
+mod common;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Barrier;
+
+use common::{Gpu, Rig, mirror, page, range, word};
+use uhmm::sim::Mapping;
+use uhmm::{
+    Access, Clock, DevicePagemap, MigrateReport, PagemapOptions, Residency, StayReason,
+    policy::Policies,
+};
+
+/// Checks through the CPU that page `i` holds `first + i`, for every page.
+fn check(rig: &Rig, pages: u64, first: u64) {
+    for index in 0..pages {
+        assert_eq!(rig.process.load_u64(word(index)), Ok(first + index), "page {index}");
+    }
+}
+
+fn migrate(rig: &Rig, first: u64, pages: u64) -> MigrateReport {
+    let report = rig.process.address_space().migrate(range(first, pages), &rig.pagemap).run();
+    rig.machine.check().expect("the machine is whole");
+    report
+}
+
+#[test]
+fn pages_go_to_the_device_and_come_home_when_touched() {
+    let rig = Rig::new(4, 4);
+    rig.fill(4, 100);
+    let report = migrate(&rig, 0, 4);
+    assert_eq!((report.moved, report.without_copy, report.stayed.len()), (4, 0, 0));
+    assert!((0..4).all(|index| rig.on_device(index)));
+    assert_eq!(rig.device_load(word(2)), Ok(102));
+    assert_eq!(rig.device_store(word(3), 7), Ok(103));
+    assert_eq!(rig.process.load_u64(word(3)), Ok(7));
+    assert!(!rig.on_device(3) && rig.on_device(2));
+    assert_eq!(rig.pagemap.used(), 3);
+    check(&rig, 3, 100);
+    assert_eq!(rig.pagemap.used(), 0);
+    assert_eq!(rig.pagemap.statistics().home_by_cpu_fault, 4);
+    rig.finish();
+}
+
+#[test]
+fn pages_that_were_never_touched_and_zero_pages_move_without_a_copy() {
+    let rig = Rig::new(3, 3);
+    // A read brings the shared zero page.
+    assert_eq!(rig.process.load_u64(word(1)), Ok(0));
+    rig.process.store_u64(word(2), 8).expect("memory is there");
+    let report = migrate(&rig, 0, 3);
+    assert_eq!((report.moved, report.without_copy), (3, 2));
+    assert_eq!((rig.gpu.injector.asked("clear"), rig.gpu.injector.asked("copy")), (2, 1));
+    assert_eq!(rig.device_load(word(0)), Ok(0));
+    assert_eq!(rig.process.load_u64(word(1)), Ok(0));
+    assert_eq!(rig.process.load_u64(word(2)), Ok(8));
+    rig.finish();
+}
+
+/// Regression 19: the count is that of the pages that moved.
+#[test]
+fn each_page_that_stays_has_its_reason_and_is_not_counted() {
+    let rig = Rig::new(7, 8);
+    rig.fill(7, 1);
+    let process = &rig.process;
+    process.unmap(range(1, 1));
+    process.map(range(2, 1), Mapping::shared(Access::Write)).expect("memory is mapped");
+    process.store_u64(word(2), 3).expect("memory is there");
+    let pin = process.pin(range(3, 1)).expect("it can be pinned");
+    assert_eq!(process.reclaim(range(4, 1)), 1);
+    let hold = rig.mirror.exclusive(range(5, 1)).expect("it can be held");
+    assert_eq!(migrate(&rig, 6, 1).moved, 1);
+    let report = migrate(&rig, 0, 7);
+    assert_eq!(report.moved, 1);
+    let reasons: Vec<_> = (0..7).map(|index| report.reason(page(index))).collect();
+    let expected = [
+        None,
+        Some(StayReason::Hole),
+        Some(StayReason::FileBacked),
+        Some(StayReason::Pinned),
+        Some(StayReason::SwappedOut),
+        Some(StayReason::Exclusive),
+        Some(StayReason::AlreadyThere),
+    ];
+    // A backend may know no more than that the page is on some device.
+    let on_device = [Some(StayReason::AlreadyThere), Some(StayReason::Elsewhere)];
+    assert_eq!(reasons[..6], expected[..6]);
+    assert!(on_device.contains(&reasons[6]), "{:?}", reasons[6]);
+    drop((pin, hold));
+    rig.finish();
+}
+
+#[test]
+fn dropped_at_any_step_everything_is_back_where_it_was() {
+    let rig = Rig::new(3, 3);
+    rig.fill(2, 20);
+    let space = rig.process.address_space();
+    let before: Vec<Residency> = (0..3).map(|index| rig.residency(index)).collect();
+    let isolated = space.migrate(range(0, 3), &rig.pagemap);
+    assert!((0..3).all(|index| rig.residency(index) == Residency::InTransit));
+    drop(isolated);
+    let copied = space.migrate(range(0, 3), &rig.pagemap).copy();
+    assert_eq!(rig.pagemap.used(), 3);
+    drop(copied);
+    let after: Vec<Residency> = (0..3).map(|index| rig.residency(index)).collect();
+    assert_eq!(after, before);
+    assert_eq!(rig.pagemap.used(), 0);
+    check(&rig, 2, 20);
+    rig.finish();
+}
+
+#[test]
+fn a_panic_in_the_middle_puts_everything_back() {
+    let rig = Rig::new(1, 1);
+    rig.fill(1, 5);
+    let panic = catch_unwind(AssertUnwindSafe(|| {
+        let _copied = rig.process.address_space().migrate(range(0, 1), &rig.pagemap).copy();
+        panic!("on purpose");
+    }));
+    assert!(panic.is_err());
+    check(&rig, 1, 5);
+    assert_eq!(rig.pagemap.used(), 0);
+    rig.finish();
+}
+
+/// Regressions 52, 55: a copy that fails leaves its page where it was, and only its page.
+#[test]
+fn a_copy_that_fails_on_the_way_there_leaves_its_page() {
+    let rig = Rig::new(3, 3);
+    rig.fill(3, 30);
+    rig.gpu.injector.fail("copy", 1);
+    let report = migrate(&rig, 0, 3);
+    assert_eq!(report.moved, 2);
+    assert_eq!(report.reason(page(1)), Some(StayReason::CopyFailed));
+    assert_eq!(rig.pagemap.used(), 2);
+    check(&rig, 3, 30);
+    rig.finish();
+}
+
+#[test]
+fn a_copy_that_fails_on_the_way_home_loses_nothing_and_can_be_tried_again() {
+    let rig = Rig::new(1, 1);
+    rig.fill(1, 30);
+    assert_eq!(migrate(&rig, 0, 1).moved, 1);
+    rig.gpu.injector.fail("copy", 0);
+    let error = rig.process.load_u64(word(0)).expect_err("the copy fails");
+    assert!(format!("{error}").contains("could not copy"), "{error}");
+    assert!(rig.on_device(0));
+    check(&rig, 1, 30);
+    assert_eq!(rig.pagemap.statistics().failed_copies, 1);
+    rig.finish();
+}
+
+#[test]
+fn without_system_memory_a_page_stays_on_its_device() {
+    let rig = Rig::new(1, 1);
+    rig.fill(1, 30);
+    assert_eq!(migrate(&rig, 0, 1).moved, 1);
+    rig.machine.injector().fail("frame", 0);
+    assert!(rig.process.load_u64(word(0)).is_err());
+    assert!(rig.on_device(0));
+    check(&rig, 1, 30);
+    rig.finish();
+}
+
+/// Regression 35: an allocation that fails in the middle.
+#[test]
+fn an_allocation_that_fails_leaves_its_page() {
+    let rig = Rig::new(3, 3);
+    rig.fill(3, 30);
+    rig.gpu.injector.fail("allocate", 2);
+    let report = migrate(&rig, 0, 3);
+    assert_eq!(report.moved, 2);
+    assert_eq!(report.reason(page(2)), Some(StayReason::OutOfDeviceMemory));
+    check(&rig, 3, 30);
+    rig.finish();
+}
+
+// Large pages.
+
+fn huge_rig(device_pages: usize) -> Rig {
+    let rig = Rig::new(1, device_pages);
+    let whole = range(0, 0x200);
+    rig.process.map(whole, Mapping::anonymous(Access::Write).huge(true)).expect("it is mapped");
+    rig
+}
+
+#[test]
+fn a_large_page_moves_whole_there_and_home() {
+    let rig = huge_rig(0x200);
+    rig.fill(0x200, 1000);
+    assert_eq!(migrate(&rig, 0, 0x200).moved, 0x200);
+    assert_eq!(rig.gpu.injector.asked("allocate"), 1);
+    assert_eq!(rig.device_load(word(0x1ff)), Ok(1000 + 0x1ff));
+    assert_eq!(rig.process.load_u64(word(5)), Ok(1005));
+    // The whole page came, by one copy each way.
+    assert_eq!(rig.pagemap.used(), 0);
+    assert_eq!(rig.gpu.injector.asked("copy"), 2);
+    check(&rig, 0x200, 1000);
+    rig.finish();
+}
+
+#[test]
+fn a_large_page_is_split_where_the_device_has_no_room_for_it_whole() {
+    let rig = huge_rig(0x180);
+    rig.fill(0x200, 1000);
+    let report = migrate(&rig, 0, 0x200);
+    assert_eq!(report.moved, 0x180);
+    assert_eq!(rig.pagemap.statistics().splits, 1);
+    assert!(report.stayed.iter().all(|stayed| stayed.reason == StayReason::OutOfDeviceMemory));
+    check(&rig, 0x200, 1000);
+    rig.finish();
+}
+
+#[test]
+fn a_large_page_that_was_never_touched_moves_whole_without_a_copy() {
+    let rig = huge_rig(0x200);
+    let report = migrate(&rig, 0, 0x200);
+    assert_eq!((report.moved, report.without_copy), (0x200, 0x200));
+    assert_eq!((rig.gpu.injector.asked("clear"), rig.gpu.injector.asked("copy")), (1, 0));
+    assert_eq!(rig.process.load_u64(word(0x100)), Ok(0));
+    rig.finish();
+}
+
+/// Regressions 43, 56: each page of device memory is counted and freed once, whatever is split.
+#[test]
+fn a_large_page_on_the_device_that_is_unmapped_in_part_frees_that_part() {
+    let rig = huge_rig(0x200);
+    rig.fill(0x200, 1000);
+    assert_eq!(migrate(&rig, 0, 0x200).moved, 0x200);
+    rig.process.unmap(range(0x80, 0x40));
+    assert_eq!(rig.pagemap.used(), 0x200 - 0x40);
+    // What is free can be used again.
+    rig.process.map(range(0x80, 0x40), Mapping::anonymous(Access::Write)).expect("it is free");
+    assert_eq!(migrate(&rig, 0x80, 0x40).moved, 0x40);
+    assert_eq!(rig.pagemap.used(), 0x200);
+    for index in (0..0x80).chain(0xc0..0x200) {
+        assert_eq!(rig.process.load_u64(word(index)), Ok(1000 + index));
+    }
+    rig.finish();
+}
+
+// Full devices.
+
+#[test]
+fn a_full_device_evicts_the_block_that_came_first() {
+    let rig = Rig::new(3, 2);
+    rig.fill(3, 50);
+    for index in 0..3 {
+        // Policies go by a clock of their own; without any the first to come is the first to go.
+        rig.pagemap.clock().sleep(std::time::Duration::from_millis(1));
+        assert_eq!(migrate(&rig, index, 1).moved, 1);
+    }
+    let on_device: Vec<bool> = (0..3).map(|index| rig.on_device(index)).collect();
+    assert_eq!(on_device, [false, true, true]);
+    assert_eq!(rig.pagemap.statistics().home_by_eviction, 1);
+    check(&rig, 3, 50);
+    rig.finish();
+}
+
+#[test]
+fn a_range_larger_than_the_device_moves_as_far_as_there_is_room() {
+    let rig = Rig::new(5, 2);
+    rig.fill(5, 50);
+    let report = migrate(&rig, 0, 5);
+    assert_eq!(report.moved, 2);
+    assert_eq!(report.stayed.len(), 3);
+    check(&rig, 5, 50);
+    rig.finish();
+}
+
+#[test]
+fn a_limit_below_the_capacity_is_kept() {
+    let options = PagemapOptions::new().limit(1).policies(Policies::none());
+    let rig = Rig::with(3, 3, options);
+    rig.fill(3, 50);
+    assert_eq!(migrate(&rig, 0, 3).moved, 1);
+    assert_eq!(rig.device_load(word(2)), Ok(52));
+    assert!(rig.on_device(2) && !rig.on_device(0));
+    assert_eq!((rig.pagemap.used(), rig.pagemap.statistics().peak), (1, 1));
+    check(&rig, 3, 50);
+    rig.finish();
+}
+
+#[test]
+fn an_eviction_whose_copy_fails_loses_nothing() {
+    let rig = Rig::new(2, 1);
+    rig.fill(2, 50);
+    assert_eq!(migrate(&rig, 0, 1).moved, 1);
+    rig.gpu.injector.fail_always("copy");
+    let report = migrate(&rig, 1, 1);
+    assert_eq!(report.reason(page(1)), Some(StayReason::OutOfDeviceMemory));
+    rig.gpu.injector.clear();
+    check(&rig, 2, 50);
+    rig.finish();
+}
+
+/// X09: eviction begins at the device's blocks, and finds pages wherever they have been moved to.
+#[test]
+fn x09_eviction_finds_a_page_that_was_moved_to_another_address() {
+    let rig = Rig::new(1, 1);
+    rig.fill(1, 60);
+    assert_eq!(migrate(&rig, 0, 1).moved, 1);
+    rig.process.remap(range(0, 1), page(9)).expect("there is room");
+    assert!(rig.on_device(9));
+    assert_eq!(rig.pagemap.evict(1), 1);
+    assert!(matches!(rig.residency(9), Residency::System(_)));
+    assert_eq!(rig.process.load_u64(word(9)), Ok(60));
+    rig.finish();
+}
+
+#[test]
+fn eviction_of_a_page_that_two_processes_share_brings_it_home_for_both() {
+    let rig = Rig::new(1, 1);
+    rig.fill(1, 60);
+    assert_eq!(migrate(&rig, 0, 1).moved, 1);
+    let child = rig.process.fork().expect("it can fork");
+    assert_eq!(rig.pagemap.used(), 1);
+    assert_eq!(rig.pagemap.evict(1), 1);
+    child.store_u64(word(0), 61).expect("memory is there");
+    assert_eq!(rig.process.load_u64(word(0)), Ok(60));
+    assert_eq!(child.load_u64(word(0)), Ok(61));
+    child.exit();
+    rig.finish();
+}
+
+/// X12, regressions 29 and 47: nothing on a device refers to a mirror.
+#[test]
+fn x12_pages_come_home_after_their_mirror_has_been_closed() {
+    let mut rig = Rig::new(2, 2);
+    rig.fill(2, 70);
+    assert_eq!(migrate(&rig, 0, 2).moved, 2);
+    let second = mirror(&rig.process, &rig.gpu, &rig.pagemap);
+    let first = std::mem::replace(&mut rig.mirror, second);
+    assert!(first.unregister().is_some());
+    assert_eq!(rig.process.load_u64(word(0)), Ok(70));
+    assert_eq!(rig.pagemap.evict_all(), Ok(()));
+    check(&rig, 2, 70);
+    // Closed: nothing comes in any more, and nothing is lost for it.
+    let report = migrate(&rig, 0, 2);
+    assert_eq!(report.moved, 0);
+    assert_eq!(report.reason(page(0)), Some(StayReason::OutOfDeviceMemory));
+    rig.pagemap.reopen();
+    assert_eq!(migrate(&rig, 0, 2).moved, 2);
+    rig.finish();
+}
+
+#[test]
+fn evicting_all_says_what_it_could_not_move() {
+    let rig = Rig::new(2, 2);
+    rig.fill(2, 70);
+    assert_eq!(migrate(&rig, 0, 2).moved, 2);
+    rig.gpu.injector.fail("copy", 1);
+    assert_eq!(rig.pagemap.evict_all().map_err(|still| still.pages), Err(1));
+    assert_eq!(rig.pagemap.evict_all(), Ok(()));
+    check(&rig, 2, 70);
+    rig.finish();
+}
+
+// Several devices, several processes, several threads.
+
+#[test]
+fn a_page_moves_from_one_device_to_another_by_way_of_system_memory() {
+    let rig = Rig::new(2, 2);
+    rig.fill(2, 80);
+    let other = Gpu::new(2);
+    let options = PagemapOptions::new().policies(Policies::none()).clock(Clock::manual());
+    let pagemap = DevicePagemap::register_with(other.clone(), options);
+    let second = mirror(&rig.process, &other, &pagemap);
+    assert_eq!(migrate(&rig, 0, 2).moved, 2);
+    let report = rig.process.address_space().migrate(range(0, 2), &pagemap).run();
+    assert_eq!(report.moved, 2);
+    assert_eq!((rig.pagemap.used(), pagemap.used()), (0, 2));
+    assert_eq!(rig.pagemap.statistics().home_by_peer_fault, 2);
+    assert_eq!(common::access(&second, word(1), Access::Write, |_| 90), Ok(81));
+    // The first device takes it back by touching it.
+    assert_eq!(rig.device_load(word(1)), Ok(90));
+    assert!(rig.on_device(1) && !rig.on_device(0));
+    drop(second);
+    assert_eq!(rig.process.load_u64(word(0)), Ok(80));
+    rig.finish();
+    assert_eq!(pagemap.used(), 0);
+}
+
+#[test]
+fn what_happens_to_pages_in_transit_is_found_out_by_the_commit() {
+    let rig = Rig::new(4, 4);
+    rig.fill(4, 90);
+    let migration = rig.process.address_space().migrate(range(0, 4), &rig.pagemap).copy();
+    rig.process.unmap(range(0, 1));
+    rig.process.remap(range(1, 1), page(9)).expect("there is room");
+    rig.process.discard(range(2, 1));
+    let child = rig.process.fork().expect("it can fork");
+    let report = migration.commit();
+    assert_eq!(report.moved, 2, "{report:?}");
+    assert_eq!(report.reason(page(0)), Some(StayReason::Gone));
+    assert_eq!(report.reason(page(2)), Some(StayReason::Gone));
+    assert_eq!(rig.pagemap.used(), 2);
+    rig.machine.check().expect("the machine is whole");
+    for process in [&rig.process, &child] {
+        assert!(process.load_u64(word(0)).is_err());
+        assert_eq!(process.load_u64(word(9)), Ok(91));
+        assert_eq!(process.load_u64(word(2)), Ok(0));
+        assert_eq!(process.load_u64(word(3)), Ok(93));
+    }
+    child.exit();
+    rig.finish();
+}
+
+/// X10, regressions 10 and 12: many threads touch one page; one brings it.
+#[test]
+fn x10_of_many_threads_that_touch_a_page_one_brings_it() {
+    const THREADS: usize = 8;
+    let rig = Rig::new(1, 1);
+    rig.fill(1, 3);
+    for _ in 0..50 {
+        assert_eq!(migrate(&rig, 0, 1).moved, 1);
+        let copies = rig.gpu.injector.asked("copy");
+        let start = Barrier::new(THREADS);
+        std::thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| {
+                    start.wait();
+                    assert_eq!(rig.process.load_u64(word(0)), Ok(3));
+                });
+            }
+        });
+        assert_eq!(rig.gpu.injector.asked("copy"), copies + 1);
+    }
+    rig.finish();
+}
+
+/// X10: who finds the page in transit sleeps until it has arrived, wherever it arrives.
+#[test]
+fn x10_a_touch_of_a_page_in_transit_waits_for_its_arrival() {
+    let rig = Rig::new(1, 1);
+    rig.fill(1, 3);
+    let migration = rig.process.address_space().migrate(range(0, 1), &rig.pagemap).copy();
+    std::thread::scope(|scope| {
+        let cpu = scope.spawn(|| rig.process.load_u64(word(0)));
+        let device = scope.spawn(|| rig.device_load(word(0)));
+        assert_eq!(migration.commit().moved, 1);
+        assert_eq!(cpu.join().expect("no panic"), Ok(3));
+        assert_eq!(device.join().expect("no panic"), Ok(3));
+    });
+    rig.finish();
+}

@@ -1,0 +1,216 @@
+//! A device for tests that run on one thread: a map for a page table, a list for memory. It can be
+//! given a defect, to see that it is found.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use uhmm::primitive::{Mutex, lock};
+use uhmm::{
+    Access, CopyJob, CopyKind, Device, DeviceFrame, DeviceMemory, Event, Frame, Injector, Order,
+    OutOfDeviceMemory, PAGE_SIZE, Page, PageEntry, PageRange, Residency, SystemMemory, WouldBlock,
+};
+
+type Bytes = [u8; PAGE_SIZE];
+
+/// What is wrong with a device, on purpose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Defect {
+    /// Nothing.
+    #[default]
+    None,
+    /// It says that it copied in what it did not.
+    LosesCopiesIn,
+    /// It says that it copied out what it did not.
+    LosesCopiesOut,
+    /// It says that it cleared what it did not.
+    LosesClears,
+    /// It goes on using what it was told to stop using.
+    KeepsTranslations,
+    /// It never gives its memory back to the allocator, so a block is given out again that is in use.
+    GivesOutTwice,
+    /// It stores although it was given a page to load from.
+    StoresAnyway,
+}
+
+/// A device with a little memory. Its steps are `allocate`, `copy` and `clear`.
+pub(crate) struct TestDevice {
+    memory: Mutex<Vec<Option<Box<Bytes>>>>,
+    injector: Injector,
+    defect: Defect,
+}
+
+/// The translations of one mirror. An access is made under the mirror's lock, so that when an
+/// invalidation has returned there is nothing left to wait for.
+pub(crate) struct Table {
+    pub(crate) entries: BTreeMap<Page, PageEntry>,
+    system: Arc<dyn SystemMemory>,
+}
+
+impl TestDevice {
+    pub(crate) fn new(pages: u64, injector: Injector, defect: Defect) -> Arc<TestDevice> {
+        let memory = (0..pages).map(|_| None).collect();
+        Arc::new(TestDevice { memory: Mutex::new(memory), injector, defect })
+    }
+
+    /// Makes an access through the table: returns what was there, or `None` for a fault. A load has
+    /// no `update`.
+    pub(crate) fn access(
+        &self,
+        table: &Table,
+        page: Page,
+        offset: usize,
+        access: Access,
+        update: &mut dyn FnMut(u64) -> u64,
+    ) -> Option<u64> {
+        let entry = table.entries.get(&page)?;
+        let enough = match self.defect {
+            Defect::StoresAnyway => access.min(Access::Read),
+            _ => access,
+        };
+        if entry.access < enough {
+            return None;
+        }
+        Some(match entry.residency {
+            Residency::System(frame) | Residency::Exclusive { frame, .. } => match access {
+                Access::Atomic => table.system.fetch_update(frame, offset, update),
+                _ => system_word(&*table.system, frame, offset, access, update),
+            },
+            Residency::Device(at) => self.own_word(at.frame, offset, access, update),
+            residency => panic!("a translation of a page that is {residency:?}"),
+        })
+    }
+
+    /// Returns the word there, without being the device.
+    pub(crate) fn peek(&self, frame: DeviceFrame, offset: usize) -> u64 {
+        self.own_word(frame, offset, Access::Read, &mut |old| old)
+    }
+
+    fn own_word(
+        &self,
+        frame: DeviceFrame,
+        offset: usize,
+        access: Access,
+        update: &mut dyn FnMut(u64) -> u64,
+    ) -> u64 {
+        self.with(frame, |page| {
+            let bytes = &mut page[offset..offset + 8];
+            let old = u64::from_le_bytes(bytes.try_into().expect("a word has eight bytes"));
+            if access >= Access::Write {
+                bytes.copy_from_slice(&update(old).to_le_bytes());
+            }
+            old
+        })
+    }
+
+    fn with<R>(&self, frame: DeviceFrame, f: impl FnOnce(&mut Bytes) -> R) -> R {
+        let mut memory = lock(&self.memory);
+        let page = memory.get_mut(frame.0 as usize).and_then(Option::as_mut);
+        f(page.unwrap_or_else(|| panic!("{frame:?} is used, and not allocated")))
+    }
+
+    fn do_job(&self, memory: &dyn SystemMemory, kind: CopyKind) {
+        let mut bytes = [0; PAGE_SIZE];
+        match (kind, self.defect) {
+            (CopyKind::In { .. }, Defect::LosesCopiesIn)
+            | (CopyKind::Out { .. }, Defect::LosesCopiesOut)
+            | (CopyKind::Clear { .. }, Defect::LosesClears) => {}
+            (CopyKind::In { from, to }, _) => {
+                memory.read(from, 0, &mut bytes);
+                self.with(to, |page| *page = bytes);
+            }
+            (CopyKind::Out { from, to }, _) => {
+                self.with(from, |page| bytes = *page);
+                memory.write(to, 0, &bytes);
+            }
+            (CopyKind::Clear { to }, _) => self.with(to, |page| *page = bytes),
+        }
+    }
+}
+
+fn system_word(
+    memory: &dyn SystemMemory,
+    frame: Frame,
+    offset: usize,
+    access: Access,
+    update: &mut dyn FnMut(u64) -> u64,
+) -> u64 {
+    let mut bytes = [0; 8];
+    memory.read(frame, offset, &mut bytes);
+    let old = u64::from_le_bytes(bytes);
+    if access == Access::Write {
+        memory.write(frame, offset, &update(old).to_le_bytes());
+    }
+    old
+}
+
+impl Device for TestDevice {
+    type PageTable = Table;
+    type Fence = ();
+
+    fn page_table(&self, _: PageRange, memory: &Arc<dyn SystemMemory>) -> Table {
+        Table { entries: BTreeMap::new(), system: Arc::clone(memory) }
+    }
+
+    fn map(&self, table: &mut Table, range: PageRange, entries: &[PageEntry]) {
+        for (page, entry) in range.iter().zip(entries) {
+            assert!(range.covers(page.block(entry.order)), "a block that reaches out of its range");
+            match entry.access {
+                Access::None => table.entries.remove(&page),
+                _ => table.entries.insert(page, *entry),
+            };
+        }
+    }
+
+    fn invalidate(&self, table: &mut Table, event: &Event) {
+        if self.defect != Defect::KeepsTranslations {
+            let gone = PageRange::covering(event.range());
+            table.entries.retain(|&page, _| !gone.contains(page));
+        }
+    }
+
+    fn try_invalidate(&self, table: &mut Table, event: &Event) -> Result<(), WouldBlock> {
+        self.invalidate(table, event);
+        Ok(())
+    }
+}
+
+impl DeviceMemory for TestDevice {
+    fn capacity(&self) -> u64 {
+        lock(&self.memory).len() as u64
+    }
+
+    fn allocate(&self, order: Order) -> Result<DeviceFrame, OutOfDeviceMemory> {
+        // Single pages are all that it has: larger blocks are to be split.
+        if order != Order::PAGE || self.injector.fails("allocate") {
+            return Err(OutOfDeviceMemory { order });
+        }
+        let mut memory = lock(&self.memory);
+        let free = memory.iter().position(Option::is_none);
+        let frame = match self.defect {
+            Defect::GivesOutTwice => free.map(|_| 0),
+            _ => free,
+        };
+        let frame = frame.ok_or(OutOfDeviceMemory { order })?;
+        // Not zeroes: who forgets to clear a page is to be found out.
+        memory[frame] = Some(Box::new([0xee; PAGE_SIZE]));
+        Ok(DeviceFrame(frame as u64))
+    }
+
+    fn free(&self, frame: DeviceFrame, order: Order) {
+        assert_eq!(order, Order::PAGE, "nothing larger was given out");
+        let page = lock(&self.memory)[frame.0 as usize].take();
+        if self.defect != Defect::GivesOutTwice {
+            assert!(page.is_some(), "{frame:?} is freed twice");
+        }
+    }
+
+    fn copy(&self, memory: &dyn SystemMemory, jobs: &mut [CopyJob]) {
+        for job in jobs {
+            let step = if let CopyKind::Clear { .. } = job.kind() { "clear" } else { "copy" };
+            if !self.injector.fails(step) {
+                self.do_job(memory, job.kind());
+                job.complete();
+            }
+        }
+    }
+}
