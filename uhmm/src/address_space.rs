@@ -17,13 +17,14 @@
 use std::fmt;
 use std::num::NonZeroU64;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use mmu_notifier::{Event, EventKind};
 
 use crate::backend::{Backend, Coherence};
 use crate::entry::PageEntry;
 use crate::page::PageRange;
-use crate::primitive::thread;
+use crate::primitive::{Mutex, lock, thread};
 use crate::statistics::{SpaceCounters, SpaceStatistics};
 
 /// A user of an address space: while one exists, so does the memory. The drop of the last ends it.
@@ -52,12 +53,17 @@ struct Users {
     mm: Mm,
 }
 
+/// Says that an address space has died. Only this crate can make one, and makes one for each death.
+#[derive(Debug)]
+pub struct Death(());
+
 /// The identity of an address space, also after its death.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SpaceId(NonZeroU64);
 
 impl AddressSpace {
-    /// Makes the address space that `backend` provides, with one user.
+    /// Makes the address space that `backend` provides, with one user. For backends: each is made
+    /// into one address space, once.
     pub fn new(backend: Arc<dyn Backend>) -> AddressSpace {
         let users = Arc::new_cyclic(|users| {
             let inner = Inner { backend, users: Weak::clone(users), counters: Default::default() };
@@ -71,9 +77,10 @@ impl AddressSpace {
         &self.users.mm
     }
 
-    /// Returns what provides the address space.
-    pub fn backend(&self) -> &Arc<dyn Backend> {
-        &self.mm().inner.backend
+    /// Returns what provides the address space. Its [notifiers](Backend::notifiers) are there to
+    /// subscribe and to announce; they are released by the last user's drop and by nobody else.
+    pub fn backend(&self) -> &dyn Backend {
+        &*self.mm().inner.backend
     }
 
     /// Announces a change of `range`, makes it, and ends the announcement: for changes that the
@@ -132,7 +139,7 @@ impl Mm {
     fn die(&self) {
         tracing::debug!(target: "uhmm", space = ?self.id(), "release");
         self.inner.backend.notifiers().release();
-        self.inner.backend.exit();
+        self.inner.backend.exit(Death(()));
     }
 }
 
@@ -154,7 +161,7 @@ impl std::ops::Deref for User {
 impl Drop for User {
     fn drop(&mut self) {
         if let Some(users) = self.0.take().and_then(|space| Arc::into_inner(space.users)) {
-            let _detached = thread::spawn(move || drop(users));
+            elsewhere(users);
         }
     }
 }
@@ -162,12 +169,38 @@ impl Drop for User {
 impl Drop for Users {
     fn drop(&mut self) {
         if mmu_notifier::in_callback() {
-            let mm = self.mm.clone();
-            let _detached = thread::spawn(move || mm.die());
+            elsewhere(Users { mm: self.mm.clone() });
         } else {
             self.mm.die();
         }
     }
+}
+
+/// Drops the last user on a thread of its own.
+///
+/// A system that has no thread to give is asked again for a while. The last resort is the calling
+/// thread: the memory of a dead process must not stay for ever (acceptance A17).
+fn elsewhere(users: Users) {
+    const TRIES: u32 = 100;
+    let mut tries = 0;
+    let slot = Arc::new(Mutex::new(Some(users)));
+    // In a callback there is no last resort.
+    while tries < TRIES || mmu_notifier::in_callback() {
+        tries += 1;
+        let users = Arc::clone(&slot);
+        let builder = thread::Builder::new().name("uhmm-exit".to_owned());
+        let body = move || {
+            let users = lock(&users).take();
+            drop(users);
+        };
+        if builder.spawn(body).is_ok() {
+            return;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    tracing::warn!(target: "uhmm", "no thread for the end of an address space: it ends here");
+    let users = lock(&slot).take();
+    drop(users);
 }
 
 impl SpaceId {

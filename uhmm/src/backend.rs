@@ -7,7 +7,9 @@
 //! * An entry that a device could have been told of changes only within an announcement, made on
 //!   [`notifiers`](Backend::notifiers), of every address space that has the page mapped. Filling in
 //!   an empty entry is no such change, and neither is what becomes of a page
-//!   [in transit](Residency::InTransit): nobody holds a translation to those.
+//!   [in transit](Residency::InTransit): nobody holds a translation to those. Announcements have no
+//!   [owner](mmu_notifier::Owner), except those that take pages [exclusively](Backend::exclusive):
+//!   whose device a page leaves or reaches must hear of it like all others.
 //! * Every page has one current copy. Between [`isolate`](Backend::isolate) and the commit or drop
 //!   of the [`Isolation`] nobody can reach its pages: CPUs that touch one sleep, devices are
 //!   told that it is in transit.
@@ -20,7 +22,7 @@ use std::time::Instant;
 
 use mmu_notifier::{Owner, Subscriptions};
 
-use crate::address_space::SpaceId;
+use crate::address_space::{Death, SpaceId};
 #[cfg(doc)]
 use crate::entry::Residency;
 use crate::entry::{Access, DeviceLocation, Frame, PageEntry};
@@ -28,8 +30,7 @@ use crate::error::{FaultError, Stayed};
 use crate::page::{Order, Page, PageRange};
 use crate::pagemap::DeviceBlock;
 
-/// How the changes to an address space become known. A weaker one cannot serve where a stronger
-/// one is needed.
+/// How the changes to an address space become known, the weaker first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Coherence {
@@ -55,7 +56,8 @@ pub trait Backend: Send + Sync + 'static {
     fn memory(&self) -> Arc<dyn SystemMemory>;
 
     /// Appends what the page tables say of each page of `range`, in order, and faults nothing. The
-    /// order of an entry is that of the mapping, and may reach out of the range.
+    /// order of an entry is that of the mapping, and may reach out of the range. The entries may be
+    /// of different moments.
     fn snapshot(&self, range: PageRange, entries: &mut Vec<PageEntry>);
 
     /// Makes each page of `range` one that can be used for `access`, as if a CPU touched it, except
@@ -76,7 +78,13 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<(), FaultError>;
 
     /// Takes pages out of every page table, so that they can be copied elsewhere. Best effort: what
-    /// cannot be taken is listed with the reason. Waits for nobody but devices to stop.
+    /// cannot be taken is listed with the reason. Waits for nobody but devices to stop, and announces
+    /// nothing where there is nothing to take.
+    ///
+    /// The reasons: [`Hole`](crate::StayReason::Hole) and
+    /// [`Elsewhere`](crate::StayReason::Elsewhere) for what a selection of device pages does not
+    /// find there, [`AlreadyThere`](crate::StayReason::AlreadyThere) or `Elsewhere` for pages on
+    /// devices where pages in system memory are selected, and what stands in the way for all others.
     ///
     /// A large page that `range` holds whole is taken whole. Of one that reaches out of `range` the
     /// backend takes the part within, splitting it, or nothing, as
@@ -89,7 +97,8 @@ pub trait Backend: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// The first page that cannot be held, and why. Pages before it are held.
+    /// The first page that cannot be held, and why. Pages before it are held. A page in the memory of
+    /// `owner` that the device may not store to, as after a fork, comes home and is held there.
     fn exclusive(
         &self,
         range: PageRange,
@@ -100,10 +109,11 @@ pub trait Backend: Send + Sync + 'static {
     /// Gives back the pages of `range` that `owner` still holds, within an announcement.
     fn end_exclusive(&self, range: PageRange, owner: Owner);
 
-    /// Takes the address space apart: nobody uses it any more. Called once, after the release of
-    /// [`notifiers`](Backend::notifiers).
+    /// Takes the address space apart: it has no users any more. Called once, after the release of
+    /// [`notifiers`](Backend::notifiers). Evictions, which are no users, may still be under way: what
+    /// they have in transit is freed by them.
     #[doc(alias = "exit_mmap")]
-    fn exit(&self);
+    fn exit(&self, death: Death);
 }
 
 /// System memory, as devices reach it.
@@ -232,6 +242,7 @@ pub struct OutOfSystemMemory;
 /// Finds device pages without looking at any address space (acceptance X09).
 pub trait ReverseMap: Send + Sync + 'static {
     /// Does what [`Backend::isolate`] does for these pages of device memory, wherever they are
-    /// mapped. A location that is not, or not any more, a page of the map is skipped in silence.
+    /// mapped. A location that is not yet, or not any more, a page of the map is skipped in silence.
+    /// If another page has come to be there meanwhile, it is that one that is taken.
     fn isolate(&self, locations: &[DeviceLocation]) -> Box<dyn Isolation>;
 }

@@ -91,7 +91,8 @@ pub trait DeviceMemory: Send + Sync + 'static {
     fn free(&self, frame: DeviceFrame, order: Order);
 
     /// Does `jobs`, and calls [`CopyJob::complete`] on each that is done. One that is left is
-    /// a failed copy. When this returns, the device has finished with both sides of every job.
+    /// a failed copy. When this returns, or panics, the device has finished with both sides of every
+    /// job: they may be freed at once.
     fn copy(&self, memory: &dyn SystemMemory, jobs: &mut [CopyJob]);
 }
 

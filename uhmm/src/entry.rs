@@ -83,6 +83,23 @@ pub struct PageEntry {
     pub order: Order,
 }
 
+impl Residency {
+    /// Returns where the page is that is `pages` further in the same block.
+    pub(crate) fn further(self, pages: u64) -> Residency {
+        match self {
+            Residency::System(Frame(first)) => Residency::System(Frame(first + pages)),
+            Residency::Exclusive { frame: Frame(first), owner } => {
+                Residency::Exclusive { frame: Frame(first + pages), owner }
+            }
+            Residency::Device(DeviceLocation { owner, frame: DeviceFrame(first) }) => {
+                let frame = DeviceFrame(first + pages);
+                Residency::Device(DeviceLocation { owner, frame })
+            }
+            Residency::Hole | Residency::Empty | Residency::InTransit => self,
+        }
+    }
+}
+
 impl PageEntry {
     /// Tells whether a device of `owner` may do `wanted` with the page as it is.
     pub fn satisfies(&self, wanted: Access, owner: Owner) -> bool {

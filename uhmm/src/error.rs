@@ -36,6 +36,14 @@ pub enum FaultError {
         /// What is mirrored.
         mirror: PageRange,
     },
+    /// The page cannot be brought home.
+    #[error("{page} cannot be brought home: {reason}")]
+    Stuck {
+        /// Where.
+        page: Page,
+        /// Why.
+        reason: StayReason,
+    },
     /// Invalidations have collided with the request for as long as its budget allowed. Ask again,
     /// or for less.
     #[error(
@@ -92,6 +100,19 @@ pub enum FaultError {
 impl From<Released> for FaultError {
     fn from(_: Released) -> FaultError {
         FaultError::Released
+    }
+}
+
+impl FaultError {
+    /// Tells whether it may have been read off a change that was under way.
+    pub(crate) fn may_be_stale(&self) -> bool {
+        matches!(
+            self,
+            FaultError::Hole { .. }
+                | FaultError::Denied { .. }
+                | FaultError::EndOfFile { .. }
+                | FaultError::NotExclusive { .. }
+        )
     }
 }
 

@@ -18,7 +18,11 @@ use crate::page::PageRange;
 /// therefore whole or faults. So a hold is no lock on the CPUs, which are never made to wait for a
 /// device's program; ask [`is_held`](Exclusive::is_held), or let the device fault and take it again.
 ///
-/// Holds of the same device on the same pages are one: the first drop ends it.
+/// Holds of the same device on the same pages are one: the first drop ends it. So is the hold of a
+/// mirror that ends: the device has nothing translated any more, and the next touch frees the page.
+///
+/// Dropping it announces the end to the device, so it must not be dropped in a callback, nor in
+/// [`Device::map`].
 #[must_use = "dropping the hold ends it"]
 #[doc(alias = "make_device_exclusive")]
 pub struct Exclusive<'m, D: Device> {
@@ -54,6 +58,7 @@ impl<D: Device> MirrorHandle<D> {
     }
 
     fn exclusive_within(&self, request: &RangeFault<'_>) -> Result<Exclusive<'_, D>, FaultError> {
+        self.check_range(request.range())?;
         // Made first, so that a failure half-way gives back what was taken.
         let hold = Exclusive { mirror: self, range: request.range() };
         self.range_fault(request)?;
@@ -70,7 +75,7 @@ impl<D: Device> Exclusive<'_, D> {
     /// Tells whether the device still holds every page. It may have lost one by the time this
     /// returns.
     pub fn is_held(&self) -> bool {
-        let Some(space) = self.mirror.mm.users() else { return false };
+        let Ok(space) = self.mirror.enter(self.range.first()) else { return false };
         let owner = self.mirror.owner;
         let entries = space.snapshot(self.range);
         entries.iter().all(|entry| entry.satisfies(crate::Access::Atomic, owner))

@@ -18,15 +18,19 @@
 //! time is progress, and the budget begins anew (acceptance X11). A page that has to be faulted in
 //! again was taken away between the fault and the commit, which is a collision like one that the
 //! commit finds. So a request ends: with its pages, with an error that names a page, or when
-//! collisions alone have taken up the budget. Faults that take long, because memory has to be found
-//! or a device has to copy, do not count; who wants a limit on those too sets a deadline.
+//! collisions alone have taken up the budget. The time that faults take, because memory has to be
+//! found or a device has to copy, does not count; who wants a limit on that too sets a deadline.
+//!
+//! An error is only as true as what it was read from. A hole that was seen while a change was under
+//! way may be the middle of one mapping's replacement by another, so an error counts only if its
+//! section has not collided.
 //!
 //! A batch is all or nothing: its pages are entered under one lock in one step. Batches before the
 //! one that failed stay entered, and pages that were faulted in stay so.
 
 use std::time::{Duration, Instant};
 
-use mmu_notifier::{ReadBeginError, Retry};
+use mmu_notifier::ReadBeginError;
 
 use crate::address_space::AddressSpace;
 use crate::device::Device;
@@ -34,7 +38,7 @@ use crate::entry::{Access, DeviceFrame, PageEntry, Residency};
 use crate::error::FaultError;
 use crate::mirror::MirrorHandle;
 use crate::page::{Order, Page, PageRange};
-use crate::policy::{DeviceFault, Location, MigrateCause};
+use crate::policy::{DeviceFault, DevicePlan, Location, MigrateCause};
 
 /// The largest piece that is entered in one step. Pieces begin at multiples of it, so no large
 /// mapping up to this size is cut by the batching.
@@ -149,7 +153,8 @@ impl<'a> RangeFault<'a> {
         RangeFault { budget, ..self }
     }
 
-    /// Sets when to give up in any case, also in the middle of a fault.
+    /// Sets when to give up: asked before each look at the page tables, and in the middle of a
+    /// fault.
     #[must_use]
     pub const fn deadline(self, deadline: Instant) -> RangeFault<'a> {
         RangeFault { deadline: Some(deadline), ..self }
@@ -180,32 +185,12 @@ impl<D: Device> MirrorHandle<D> {
     ///
     /// # Errors
     ///
-    /// See [`FaultError`]. [`Hole`](FaultError::Hole) and [`Denied`](FaultError::Denied) name the
-    /// first page that cannot be had. Of the batches (2 MiB, aligned) of the range, those before that
-    /// page's are entered, the others not.
+    /// See [`FaultError`]. Of the batches (2 MiB, aligned) of the range, those before the page's that
+    /// the error names are entered, the others not.
     #[doc(alias = "hmm_range_fault")]
     pub fn range_fault(&self, request: &RangeFault<'_>) -> Result<RangeFaulted, FaultError> {
-        let space = self.enter()?;
-        let result = self.range_fault_in(&space, request);
-        let counters = self.mm.counters();
-        counters.range_faults(1);
-        match &result {
-            Ok(done) => {
-                counters.faulted_pages(done.faulted);
-                tracing::trace!(
-                    target: "uhmm", space = ?self.mm.id(), range = %request.range,
-                    faulted = done.faulted, collisions = done.collisions, "range fault"
-                );
-            }
-            Err(error) => {
-                counters.failed_range_faults(1);
-                tracing::debug!(
-                    target: "uhmm", space = ?self.mm.id(), range = %request.range, %error,
-                    "range fault failed"
-                );
-            }
-        }
-        result
+        let space = self.enter(request.range.first())?;
+        self.range_fault_in(&space, request)
     }
 
     fn range_fault_in(
@@ -213,15 +198,30 @@ impl<D: Device> MirrorHandle<D> {
         space: &AddressSpace,
         request: &RangeFault<'_>,
     ) -> Result<RangeFaulted, FaultError> {
-        if !self.range().covers(request.range) {
-            return Err(FaultError::OutOfRange { request: request.range, mirror: self.range() });
-        }
+        self.check_range(request.range)?;
         let mut done = RangeFaulted::default();
         done.entries.reserve_exact(request.range.len());
-        for batch in request.range.blocks(BATCH) {
-            self.fault_batch(space, request, batch, &mut done)?;
+        let result = request
+            .range
+            .blocks(BATCH)
+            .try_for_each(|batch| self.fault_batch(space, request, batch, &mut done));
+        let (faulted, collisions) = (done.faulted, done.collisions);
+        let counters = self.mm.counters();
+        counters.range_faults(1);
+        counters.faulted_pages(faulted);
+        counters.collisions(u64::from(collisions));
+        let (space, range) = (self.mm.id(), request.range);
+        match result {
+            Ok(()) => {
+                tracing::trace!(target: "uhmm", ?space, %range, faulted, collisions, "range fault");
+                Ok(done)
+            }
+            Err(error) => {
+                counters.failed_range_faults(1);
+                tracing::debug!(target: "uhmm", ?space, %range, %error, "range fault failed");
+                Err(error)
+            }
         }
-        Ok(done)
     }
 
     /// The loop. See the [module](self).
@@ -233,9 +233,10 @@ impl<D: Device> MirrorHandle<D> {
         done: &mut RangeFaulted,
     ) -> Result<(), FaultError> {
         let start = done.entries.len();
-        let mut patience = Patience::new(request, batch.first());
+        let mut patience = Patience::new(request, batch);
         let mut runs = Vec::new();
         loop {
+            patience.check_deadline()?;
             let section = self
                 .notifier
                 .read_begin_deadline(patience.until())
@@ -244,29 +245,32 @@ impl<D: Device> MirrorHandle<D> {
             space.backend().snapshot(batch, &mut done.entries);
             let entries = &mut done.entries[start..];
             assert_eq!(entries.len(), batch.len(), "a backend's snapshot has one entry a page");
-            self.find_missing(request, batch, entries, &mut runs)?;
-            if let Some(&(first, _)) = runs.first() {
-                drop(section);
-                done.faulted += self.fault_runs(space, request, &runs)?;
-                if !patience.note_faults(&runs) {
-                    done.collisions += 1;
-                    self.mm.counters().collisions(1);
-                    patience.check(first.first(), done.collisions)?;
+            let progress = match self.find_missing(request, batch, entries, &mut runs) {
+                Ok(()) if runs.is_empty() => {
+                    self.fit(batch, entries);
+                    if let Ok(mut update) = section.commit() {
+                        let notifier = &mut *update;
+                        notifier.device.map(&mut notifier.table, batch, entries);
+                        break;
+                    }
+                    false
                 }
-                continue;
-            }
-            self.fit(batch, entries);
-            match section.commit() {
-                Ok(mut update) => {
-                    let notifier = &mut *update;
-                    notifier.device.map(&mut notifier.table, batch, entries);
-                    break;
+                Ok(()) => {
+                    let since = Instant::now();
+                    let result = self.fault_runs(space, request, &runs, &mut done.faulted);
+                    patience.forgive(since.elapsed());
+                    match result {
+                        Ok(()) => patience.note_faults(&runs),
+                        Err(error) if error.may_be_stale() && section.check_retry() => false,
+                        Err(error) => return Err(error),
+                    }
                 }
-                Err(Retry) => {
-                    done.collisions += 1;
-                    self.mm.counters().collisions(1);
-                    patience.check(batch.first(), done.collisions)?;
-                }
+                Err(_) if section.check_retry() => false,
+                Err(error) => return Err(error),
+            };
+            if !progress {
+                done.collisions += 1;
+                patience.check(done.collisions)?;
             }
         }
         self.note_mapped(&done.entries[start..]);
@@ -311,8 +315,8 @@ impl<D: Device> MirrorHandle<D> {
         space: &AddressSpace,
         request: &RangeFault<'_>,
         runs: &[(PageRange, Access)],
-    ) -> Result<u64, FaultError> {
-        let mut pages = 0;
+        faulted: &mut u64,
+    ) -> Result<(), FaultError> {
         for &(run, access) in runs {
             let backend = space.backend();
             match access {
@@ -322,19 +326,30 @@ impl<D: Device> MirrorHandle<D> {
                 }
                 _ => backend.fault(run, access, Some(self.owner), request.deadline)?,
             }
-            pages += run.pages();
+            *faulted += run.pages();
         }
-        Ok(pages)
+        Ok(())
     }
 
     /// Turns what the address space says into what this device may do with it: less where the page
-    /// is another's, and no larger than the batch.
+    /// is another's, and of a size that lies within the batch and whose pages all agree. A look is of
+    /// no single moment, so a page may have been filled in since the one before it was looked at.
     fn fit(&self, batch: PageRange, entries: &mut [PageEntry]) {
-        for (page, entry) in batch.iter().zip(entries) {
+        for (page, entry) in batch.iter().zip(&mut *entries) {
             entry.access = entry.access_of(self.owner);
             while !batch.covers(page.block(entry.order)) {
-                entry.order =
-                    Order::new(entry.order.get() - 1).expect("a single page lies within its batch");
+                entry.order = entry.order.smaller();
+            }
+        }
+        let mut index = 0;
+        while let Some(entry) = entries.get(index) {
+            let page = batch.first().number() + index as u64;
+            let (order, pages) = (entry.order, entry.order.pages() as usize);
+            let block = &entries[index..];
+            if page.is_multiple_of(order.pages()) && agree(&block[..pages.min(block.len())]) {
+                index += pages;
+            } else {
+                entries[index].order = order.smaller();
             }
         }
     }
@@ -342,16 +357,14 @@ impl<D: Device> MirrorHandle<D> {
     fn note_mapped(&self, entries: &[PageEntry]) {
         let mapped = entries.iter().filter(|entry| entry.access != Access::None).count();
         self.mm.counters().mapped_pages(mapped as u64);
-        if let Some(pagemap) = &self.pagemap {
-            let own = |entry: &PageEntry| -> Option<DeviceFrame> {
-                match entry.residency {
-                    Residency::Device(at) if at.owner == self.owner => Some(at.frame),
-                    _ => None,
-                }
-            };
-            if entries.iter().any(|entry| own(entry).is_some()) {
-                pagemap.touch(entries.iter().filter_map(own));
-            }
+        let Some(pagemap) = &self.pagemap else { return };
+        let own = |entry: &PageEntry| match entry.residency {
+            Residency::Device(at) if at.owner == self.owner => Some(at.frame),
+            _ => None,
+        };
+        let own: Vec<DeviceFrame> = entries.iter().filter_map(own).collect();
+        if !own.is_empty() {
+            pagemap.touch(&own);
         }
     }
 
@@ -359,34 +372,67 @@ impl<D: Device> MirrorHandle<D> {
     /// come with it, moves what is to move, and enters the result in the device's page table.
     ///
     /// On success the device could do `access` at the page at some moment, and has heard of each
-    /// change since. What could not be moved, or not besides the page itself, is no error.
+    /// change since. What could not be moved, and whatever becomes of the pages around it, is no
+    /// error. A policy may make the caller wait first, for at most
+    /// [`Policies::MAX_NAP`](crate::policy::Policies::MAX_NAP).
     ///
     /// # Errors
     ///
     /// As [`range_fault`](MirrorHandle::range_fault), for the page alone.
     pub fn handle_fault(&self, page: Page, access: Access) -> Result<Handled, FaultError> {
-        let space = self.enter()?;
-        if !self.range().contains(page) {
-            return Err(FaultError::OutOfRange { request: page.into(), mirror: self.range() });
-        }
+        self.handle_fault_within(page, access, None)
+    }
+
+    /// Does what [`handle_fault`](MirrorHandle::handle_fault) does, until `deadline`.
+    ///
+    /// # Errors
+    ///
+    /// As [`handle_fault`](MirrorHandle::handle_fault).
+    pub fn handle_fault_deadline(
+        &self,
+        page: Page,
+        access: Access,
+        deadline: Instant,
+    ) -> Result<Handled, FaultError> {
+        self.handle_fault_within(page, access, Some(deadline))
+    }
+
+    fn handle_fault_within(
+        &self,
+        page: Page,
+        access: Access,
+        deadline: Option<Instant>,
+    ) -> Result<Handled, FaultError> {
+        self.check_range(page.into())?;
+        let plan = self.plan(page, access)?;
+        // Nothing is held meanwhile, so neither an end nor a death waits for a nap.
+        self.nap(page, plan.nap);
+        let space = self.enter(page)?;
         self.mm.counters().device_faults(1);
-        let (range, migrated) = self.move_by_policy(&space, page, access);
-        let wanted: Vec<Access> =
-            range.iter().map(|other| if other == page { access } else { Access::None }).collect();
-        let request = RangeFault::snapshot(range).per_page(&wanted);
-        let done = self.range_fault_in(&space, &request)?;
-        let index = range.index_of(page).expect("a plan holds the page of the fault");
-        let entry = done.entries[index];
-        tracing::trace!(
-            target: "uhmm", space = ?self.mm.id(), %page, ?access, %range, migrated,
-            "device fault"
-        );
+        let migrated = self.move_by_plan(&space, page, &plan);
+        let batch = page.block(BATCH);
+        let own = plan.range.intersection(batch).expect("a plan holds the page of the fault");
+        let index = own.index_of(page).expect("as does its batch");
+        let mut wanted = vec![Access::None; own.len()];
+        wanted[index] = access;
+        let request = RangeFault { deadline, ..RangeFault::snapshot(own).per_page(&wanted) };
+        let entry = self.range_fault_in(&space, &request)?.entries[index];
+        for other in plan.range.blocks(BATCH).filter(|other| !batch.covers(*other)) {
+            let request = RangeFault { deadline, ..RangeFault::snapshot(other) };
+            if self.range_fault_in(&space, &request).is_err() {
+                break;
+            }
+        }
+        let (space, range) = (self.mm.id(), plan.range);
+        tracing::trace!(target: "uhmm", ?space, %page, ?access, %range, migrated, "device fault");
         Ok(Handled { entry, range, migrated })
     }
 
-    /// Does what the policies say, and returns the pages to serve and how many have moved.
-    fn move_by_policy(&self, space: &AddressSpace, page: Page, access: Access) -> (PageRange, u64) {
-        let Some(pagemap) = &self.pagemap else { return (page.into(), 0) };
+    /// Asks the policies what is to be done about a fault.
+    fn plan(&self, page: Page, access: Access) -> Result<DevicePlan, FaultError> {
+        let Some(pagemap) = &self.pagemap else { return Ok(DevicePlan::in_place(page)) };
+        let space = self.enter(page)?;
+        let order = space.snapshot(page.into())[0].order;
         let fault = DeviceFault {
             space: self.mm.id(),
             owner: self.owner,
@@ -396,89 +442,114 @@ impl<D: Device> MirrorHandle<D> {
             now: pagemap.clock().now(),
             snapshot: &|range| space.snapshot(range),
         };
-        let plan = pagemap.policies().device_fault(&fault);
-        if !plan.nap.is_zero() {
+        Ok(pagemap.policies().device_fault(&fault, order))
+    }
+
+    fn nap(&self, page: Page, nap: Duration) {
+        if let Some(pagemap) = &self.pagemap
+            && !nap.is_zero()
+        {
             self.mm.counters().throttles(1);
-            tracing::debug!(target: "uhmm", %page, nap = ?plan.nap, "throttled");
-            pagemap.clock().sleep(plan.nap);
+            tracing::debug!(target: "uhmm", space = ?self.mm.id(), %page, ?nap, "throttled");
+            pagemap.clock().sleep(nap);
         }
-        if plan.location == Location::System {
-            return (plan.range, 0);
-        }
+    }
+
+    /// Moves what is to move, and returns how many pages did.
+    fn move_by_plan(&self, space: &AddressSpace, page: Page, plan: &DevicePlan) -> u64 {
+        let Some(pagemap) = &self.pagemap else { return 0 };
         // What the device has or holds already stays where it is.
         let own = match space.snapshot(page.into())[0].residency {
             Residency::Device(at) => at.owner == self.owner,
             Residency::Exclusive { owner, .. } => owner == self.owner,
             _ => false,
         };
-        if own {
-            return (plan.range, 0);
+        if own || plan.location == Location::System {
+            return 0;
         }
         let cause = MigrateCause::DeviceFault;
-        let report = space.migrate_because(plan.range, pagemap, cause).run();
-        (plan.range, report.moved)
+        space.migrate_because(plan.range, pagemap, cause).run().moved
     }
+}
+
+/// Tells whether the entries are those of one block: of one size and access, and consecutive.
+fn agree(block: &[PageEntry]) -> bool {
+    let first = block[0];
+    (0..).zip(block).all(|(index, entry)| {
+        entry.order == first.order
+            && entry.access == first.access
+            && entry.residency == first.residency.further(index)
+    })
 }
 
 /// How long collisions may go on.
 struct Patience {
-    page: Page,
+    batch: PageRange,
     budget: Duration,
     deadline: Option<Instant>,
-    /// When the time lost to collisions began.
+    /// When the time lost to collisions began, faults that took long taken out.
     since: Instant,
-    /// The pages that have been faulted in, which is few runs in most cases.
-    faulted: Vec<PageRange>,
+    /// The pages of the batch that have been faulted in.
+    faulted: Vec<bool>,
 }
 
 impl Patience {
-    fn new(request: &RangeFault<'_>, page: Page) -> Patience {
-        Patience {
-            page,
-            budget: request.budget,
-            deadline: request.deadline,
-            since: Instant::now(),
-            faulted: Vec::new(),
-        }
+    fn new(request: &RangeFault<'_>, batch: PageRange) -> Patience {
+        let (budget, deadline) = (request.budget, request.deadline);
+        Patience { batch, budget, deadline, since: Instant::now(), faulted: Vec::new() }
     }
 
     /// Returns until when a collision may be waited out.
     fn until(&self) -> Instant {
-        let until = self.since + self.budget;
+        // The end of time would not fit an instant.
+        const LONG: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+        let until = self.since + self.budget.min(LONG);
         self.deadline.map_or(until, |deadline| deadline.min(until))
+    }
+
+    /// Takes time out that was not lost to a collision.
+    fn forgive(&mut self, time: Duration) {
+        self.since += time;
     }
 
     /// Notes that pages were faulted in, and says whether that was progress.
     fn note_faults(&mut self, runs: &[(PageRange, Access)]) -> bool {
-        let fresh = |run: &PageRange| {
-            run.iter().any(|page| !self.faulted.iter().any(|before| before.contains(page)))
-        };
-        let progress = runs.iter().any(|(run, _)| fresh(run));
+        self.faulted.resize(self.batch.len(), false);
+        let mut progress = false;
+        for page in runs.iter().flat_map(|(run, _)| run.iter()) {
+            let index = self.batch.index_of(page).expect("runs are cut from the batch");
+            progress |= !std::mem::replace(&mut self.faulted[index], true);
+        }
         if progress {
-            self.faulted.extend(runs.iter().map(|&(run, _)| run));
             self.since = Instant::now();
         }
         progress
     }
 
-    fn check(&self, page: Page, collisions: u32) -> Result<(), FaultError> {
-        let now = Instant::now();
-        if self.deadline.is_some_and(|deadline| deadline <= now) {
-            return Err(FaultError::TimedOut { page });
+    fn check_deadline(&self) -> Result<(), FaultError> {
+        match self.deadline {
+            Some(deadline) if deadline <= Instant::now() => {
+                Err(FaultError::TimedOut { page: self.batch.first() })
+            }
+            _ => Ok(()),
         }
-        if now.duration_since(self.since) >= self.budget {
-            return Err(FaultError::Collided { page, collisions });
+    }
+
+    fn check(&self, collisions: u32) -> Result<(), FaultError> {
+        self.check_deadline()?;
+        if self.since.elapsed() >= self.budget {
+            return Err(FaultError::Collided { page: self.batch.first(), collisions });
         }
         Ok(())
     }
 
     fn not_begun(&self, error: ReadBeginError, collisions: u32) -> FaultError {
-        let page = self.page;
+        let page = self.batch.first();
         match error {
             ReadBeginError::Released(_) => FaultError::Released,
             ReadBeginError::SelfWait(_) => FaultError::SelfWait { page },
             // It waited for an invalidation, which is a collision.
-            _ => match self.check(page, collisions + 1) {
+            _ => match self.check_deadline() {
                 Err(error) => error,
                 Ok(()) => FaultError::Collided { page, collisions: collisions + 1 },
             },

@@ -40,6 +40,37 @@ pub mod a_migration_is_copied_before_it_is_committed {}
 /// ```
 pub mod a_migration_is_committed_once {}
 
+/// A migration stays on the thread that would wait for itself if it touched the pages.
+///
+/// ```compile_fail,E0277
+/// # fn f(migration: uhmm::Migration<uhmm::Isolated>) {
+/// std::thread::spawn(move || drop(migration));
+/// # }
+/// ```
+///
+/// ```
+/// # fn f(migration: uhmm::Migration<uhmm::Isolated>) {
+/// std::thread::spawn(move || ());
+/// drop(migration);
+/// # }
+/// ```
+pub mod a_migration_stays_on_its_thread {}
+
+/// An address space is taken apart by its last user's drop, and by nobody else.
+///
+/// ```compile_fail,E0423
+/// # fn f(space: uhmm::AddressSpace) {
+/// space.backend().exit(uhmm::Death(()));
+/// # }
+/// ```
+///
+/// ```
+/// # fn f(space: uhmm::AddressSpace) {
+/// drop(space);
+/// # }
+/// ```
+pub mod only_the_last_user_ends_an_address_space {}
+
 /// Nothing is written into a device's page table but by a range fault, which checks under the lock
 /// that what it writes is still true (E02, E23).
 ///

@@ -24,7 +24,7 @@ pub mod primitive;
 pub mod sim;
 mod statistics;
 
-pub use address_space::{AddressSpace, Mm, SpaceId};
+pub use address_space::{AddressSpace, Death, Mm, SpaceId};
 pub use backend::{Backend, Coherence, SystemMemory};
 pub use clock::Clock;
 pub use device::{CopyJob, CopyKind, Device, DeviceMemory, OutOfDeviceMemory};

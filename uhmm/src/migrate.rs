@@ -32,7 +32,9 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use crate::address_space::{AddressSpace, SpaceId};
-use crate::backend::{Backend, Committed, Isolation, Placement, ReverseMap, Select, Source};
+use crate::backend::{
+    Backend, CannotSplit, Committed, Isolation, Placement, ReverseMap, Select, Source,
+};
 use crate::device::{CopyJob, CopyKind};
 use crate::entry::DeviceLocation;
 use crate::error::{FaultError, StayReason, Stayed};
@@ -43,11 +45,15 @@ use crate::policy::{Candidate, CpuFault, Location, MigrateCause, Moved};
 /// How often a migration makes room for a block before the page stays.
 const EVICTIONS: u32 = 2;
 
+/// How many pages an eviction has in transit at a time, as long as no single block is larger.
+const EVICTED_AT_ONCE: u64 = Order::HUGE.pages();
+
 /// Pages on their way, at one of two steps: [`Isolated`], then [`Copied`].
 ///
 /// Dropping it at any step puts every page back where it was. While it exists, whoever touches
-/// one of the pages sleeps, so it should not exist for long; the thread that holds it must not touch
-/// them. It keeps the address space alive (acceptance D02).
+/// one of the pages sleeps, so it should not exist for long, and must not be forgotten. The thread
+/// that holds it must not touch them; it stays on that thread, so that a backend can tell. It keeps
+/// the address space alive (acceptance D02).
 #[must_use = "dropping a migration puts every page back"]
 #[doc(alias = "migrate_vma")]
 pub struct Migration<P: Step> {
@@ -59,7 +65,7 @@ pub struct Migration<P: Step> {
     placements: Vec<Placement>,
     failures: Vec<Stayed>,
     user: Option<AddressSpace>,
-    step: PhantomData<P>,
+    step: PhantomData<(P, *const ())>,
 }
 
 /// A step of a [`Migration`]. Implemented by [`Isolated`] and [`Copied`] alone.
@@ -144,11 +150,17 @@ impl AddressSpace {
         cause: MigrateCause,
     ) -> Migration<Isolated> {
         let foreign = self.backend().isolate(range, Select::Foreign(to.owner()));
+        let mut failures = Vec::new();
         if !foreign.pages().is_empty() {
-            self.begin(foreign, Destination::System, MigrateCause::PeerFault).run();
+            let peers = self.begin(foreign, Destination::System, MigrateCause::PeerFault).run();
+            let failed = |stayed: &Stayed| {
+                !matches!(stayed.reason, StayReason::Elsewhere | StayReason::Hole)
+            };
+            failures = peers.stayed.into_iter().filter(failed).collect();
         }
         let isolation = self.backend().isolate(range, Select::System);
-        self.begin(isolation, Destination::Device(Arc::clone(to)), cause)
+        let migration = self.begin(isolation, Destination::Device(Arc::clone(to)), cause);
+        Migration { failures, ..migration }
     }
 
     /// Moves the pages of `range` that are on a device of any owner to system memory. The others are
@@ -158,7 +170,8 @@ impl AddressSpace {
         let nobody = mmu_notifier::Owner::new();
         let isolation = self.backend().isolate(range, Select::Foreign(nobody));
         let mut report = self.begin(isolation, Destination::System, MigrateCause::Request).run();
-        report.stayed.retain(|stayed| stayed.reason != StayReason::Elsewhere);
+        let others = [StayReason::Elsewhere, StayReason::Hole];
+        report.stayed.retain(|stayed| !others.contains(&stayed.reason));
         report
     }
 
@@ -258,16 +271,13 @@ impl Migration<Isolated> {
                     jobs.push((index, CopyJob::new(kind, page.order)));
                     self.placements.push(Placement::Device(block));
                 }
-                None if page.order > Order::PAGE
-                    && !full
-                    && self.isolation.split(index).is_ok() =>
-                {
-                    to.counters.splits(1);
-                }
+                None if page.order > Order::PAGE && !full => match self.isolation.split(index) {
+                    Ok(()) => to.counters.splits(1),
+                    Err(CannotSplit) => self.put_back(index, StayReason::LargePage),
+                },
                 None => {
-                    full |= page.order == Order::PAGE;
-                    self.stay(index, StayReason::OutOfDeviceMemory);
-                    self.placements.push(Placement::Back);
+                    full = true;
+                    self.put_back(index, StayReason::OutOfDeviceMemory);
                 }
             }
         }
@@ -279,8 +289,7 @@ impl Migration<Isolated> {
         while let Some(&page) = self.isolation.pages().get(self.placements.len()) {
             let index = self.placements.len();
             let Some((pagemap, from)) = self.place_of(index) else {
-                self.stay(index, StayReason::Elsewhere);
-                self.placements.push(Placement::Back);
+                self.put_back(index, StayReason::Elsewhere);
                 continue;
             };
             match self.isolation.allocate_home(index) {
@@ -295,10 +304,7 @@ impl Migration<Isolated> {
                 Err(_) if page.order > Order::PAGE && self.isolation.split(index).is_ok() => {
                     pagemap.counters.splits(1);
                 }
-                Err(_) => {
-                    self.stay(index, StayReason::OutOfSystemMemory);
-                    self.placements.push(Placement::Back);
-                }
+                Err(_) => self.put_back(index, StayReason::OutOfSystemMemory),
             }
         }
         for (pagemap, jobs) in jobs {
@@ -309,6 +315,11 @@ impl Migration<Isolated> {
     fn place_of(&self, index: usize) -> Option<(Arc<DevicePagemap>, DeviceLocation)> {
         let block = self.isolation.block(index)?;
         Some((Arc::clone(block.pagemap()), block.location()))
+    }
+
+    fn put_back(&mut self, index: usize, reason: StayReason) {
+        self.stay(index, reason);
+        self.placements.push(Placement::Back);
     }
 
     /// Has the device copy, and marks the pages whose copies failed to go back.
@@ -341,7 +352,12 @@ impl Migration<Copied> {
         }
         let mut report =
             MigrateReport { stayed: self.isolation.stayed().to_vec(), ..MigrateReport::default() };
-        report.stayed.append(&mut self.failures);
+        let failures = std::mem::take(&mut self.failures);
+        // Of a page that did not come from another device, both isolations speak.
+        report
+            .stayed
+            .retain(|stayed| !failures.iter().any(|failure| failure.pages.overlaps(stayed.pages)));
+        report.stayed.extend(failures);
         let mut tally = Tally::default();
         let pages = self.isolation.pages().to_vec();
         let owners: Vec<_> = (0..pages.len()).map(|index| self.pagemap_of(index)).collect();
@@ -424,7 +440,8 @@ impl DevicePagemap {
     ///
     /// # Errors
     ///
-    /// [`FaultError::CopyFailed`] and [`FaultError::OutOfMemory`]: the page is still on the device.
+    /// [`FaultError::CopyFailed`], [`FaultError::OutOfMemory`] and [`FaultError::Stuck`]: the page is
+    /// still on the device, and asking again at once would not help.
     #[doc(alias = "migrate_to_ram")]
     pub fn bring_home(
         self: &Arc<Self>,
@@ -446,14 +463,23 @@ impl DevicePagemap {
         let cause = MigrateCause::CpuFault;
         let report = Migration::new(isolation, Destination::System, cause, Some(space)).run();
         match report.reason(page) {
+            None
+            | Some(
+                StayReason::InTransit
+                | StayReason::Gone
+                | StayReason::Changed
+                | StayReason::Elsewhere
+                | StayReason::AlreadyThere
+                | StayReason::Hole,
+            ) => Ok(()),
             Some(StayReason::CopyFailed) => Err(FaultError::CopyFailed { page }),
             Some(StayReason::OutOfSystemMemory) => Err(FaultError::OutOfMemory { page }),
-            _ => Ok(()),
+            Some(reason) => Err(FaultError::Stuck { page, reason }),
         }
     }
 
     /// Moves at least `pages` pages home, in the order that the policies say, or as many as can be
-    /// moved without waiting. Returns how many went.
+    /// moved without waiting. Returns how many left the device.
     ///
     /// Starts from the device's own blocks and looks at no address space (acceptance X09).
     pub fn evict(self: &Arc<Self>, pages: u64) -> u64 {
@@ -463,7 +489,8 @@ impl DevicePagemap {
         let mut rest = candidates.as_slice();
         // Each block is tried once at most, so this ends.
         while evicted < pages && !rest.is_empty() {
-            let mut wanted = pages - evicted;
+            // Few at a time: whoever touches one of them sleeps until all of them are home.
+            let mut wanted = (pages - evicted).min(EVICTED_AT_ONCE);
             let count = rest
                 .iter()
                 .take_while(|(candidate, _)| {
@@ -478,7 +505,8 @@ impl DevicePagemap {
                 let isolation = reverse_map.isolate(&locations);
                 let cause = MigrateCause::Eviction;
                 let report = Migration::new(isolation, Destination::System, cause, None).run();
-                evicted += report.moved;
+                let gone = report.stayed.iter().filter(|stayed| stayed.reason == StayReason::Gone);
+                evicted += report.moved + gone.map(|stayed| stayed.pages.pages()).sum::<u64>();
             }
         }
         evicted
@@ -505,6 +533,9 @@ impl DevicePagemap {
 
     /// Makes room for as much of `pages` as the limit allows, in one go.
     fn make_room(self: &Arc<Self>, pages: u64) {
+        if self.is_closed() {
+            return;
+        }
         let free = self.limit() - self.used();
         let wanted = pages.min(self.limit());
         if wanted > free {
@@ -514,12 +545,14 @@ impl DevicePagemap {
 
     /// Allocates a block, making room for it unless `full` says that there is none to be had.
     fn allocate(self: &Arc<Self>, order: Order, full: bool) -> Option<DeviceBlock> {
-        let evictions = if full { 0 } else { EVICTIONS };
-        for round in 0..=evictions {
+        for round in 0..=EVICTIONS {
             if let Ok(block) = self.try_allocate(order) {
                 return Some(block);
             }
-            if round == evictions || self.evict(order.pages()) == 0 {
+            // What is free and not in one piece does not become so by freeing more of it.
+            let in_pieces = order > Order::PAGE && self.has_room(order.pages());
+            let give_up = full || in_pieces || self.is_closed() || round == EVICTIONS;
+            if give_up || self.evict(order.pages()) == 0 {
                 break;
             }
         }

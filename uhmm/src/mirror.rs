@@ -11,7 +11,7 @@
 //!
 //! 1. *Stop*: the device is told of an [`EventKind::Release`](mmu_notifier::EventKind::Release)
 //!    over the whole range, its fence is waited for, and from here every fault is refused.
-//! 2. *Drain*: the operations under way, faults and exclusive holds among them, run to their ends.
+//! 2. *Drain*: the operations under way, which are faults, run to their ends.
 //! 3. *Kill*: the page table is handed back to whoever unregisters, or to [`Device::release`] where
 //!    the address space died.
 //!
@@ -32,7 +32,8 @@ use mmu_notifier::{
 
 use crate::address_space::{AddressSpace, Mm, User};
 use crate::device::Device;
-use crate::page::PageRange;
+use crate::error::FaultError;
+use crate::page::{Page, PageRange};
 use crate::pagemap::DevicePagemap;
 
 /// A device that mirrors a range of an address space. Owning it is being registered.
@@ -93,6 +94,8 @@ impl AddressSpace {
 
     /// Makes `device` mirror `range`, with `pagemap` as the device's own memory: pages there are
     /// mapped where they are, and [`handle_fault`](MirrorHandle::handle_fault) moves pages to it.
+    ///
+    /// It must be memory that the device itself can reach: it will be given frames of it.
     ///
     /// # Errors
     ///
@@ -218,11 +221,22 @@ impl<D: Device> MirrorHandle<D> {
         self.notifier.inspect(|notifier| f(&notifier.table))
     }
 
-    /// Begins an operation: becomes a user of the address space, and holds off the mirror's end.
-    pub(crate) fn enter(&self) -> Result<Inside<D>, Released> {
+    /// Begins an operation at `page`: becomes a user of the address space, and holds off the
+    /// mirror's end.
+    pub(crate) fn enter(&self, page: Page) -> Result<Inside<D>, FaultError> {
+        if mmu_notifier::in_callback() {
+            return Err(FaultError::SelfWait { page });
+        }
         let user = self.mm.enter().ok_or(Released)?;
         let operation = self.notifier.begin_operation()?;
         Ok(Inside { _operation: operation, user })
+    }
+
+    pub(crate) fn check_range(&self, request: PageRange) -> Result<(), FaultError> {
+        if self.range.covers(request) {
+            return Ok(());
+        }
+        Err(FaultError::OutOfRange { request, mirror: self.range })
     }
 }
 

@@ -306,6 +306,16 @@ impl Order {
         self.0
     }
 
+    /// Returns the next smaller order.
+    ///
+    /// # Panics
+    ///
+    /// On [`Order::PAGE`].
+    pub(crate) const fn smaller(self) -> Order {
+        assert!(self.0 > 0, "nothing is smaller than a page");
+        Order(self.0 - 1)
+    }
+
     /// Returns the number of pages of a block.
     pub const fn pages(self) -> u64 {
         1 << self.0

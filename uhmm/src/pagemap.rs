@@ -15,8 +15,8 @@
 //!
 //! # Locks
 //!
-//! One lock for the accounts, held for a few instructions and never across a call to the device, a
-//! policy or a backend. Blocks may be dropped under any lock of a backend.
+//! One lock for the accounts, never held across a call to the device, a policy, a backend or the
+//! caller. Blocks may be dropped under any lock of a backend.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -76,6 +76,18 @@ struct Resident {
     arrived: Duration,
     used: Duration,
     reverse_map: Arc<dyn ReverseMap>,
+}
+
+/// Pages that are accounted for and not allocated yet.
+struct Reserved<'a> {
+    pagemap: &'a DevicePagemap,
+    pages: u64,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        lock(&self.pagemap.accounts).used -= self.pages;
+    }
 }
 
 /// A block of device memory. Owning it is having it allocated.
@@ -200,12 +212,14 @@ impl DevicePagemap {
     }
 
     /// Notes that the device uses these pages, for the choice of what is evicted.
-    pub fn touch(&self, locations: impl IntoIterator<Item = DeviceFrame>) {
+    pub fn touch(&self, frames: &[DeviceFrame]) {
         let now = self.clock.now();
         let mut accounts = lock(&self.accounts);
-        for frame in locations {
+        for &frame in frames {
             // The block that the frame lies in begins at it or before it.
-            if let Some((_, resident)) = accounts.resident.range_mut(..=frame).next_back() {
+            if let Some((first, resident)) = accounts.resident.range_mut(..=frame).next_back()
+                && frame.0 - first.0 < resident.order.pages()
+            {
                 resident.used = now;
             }
         }
@@ -224,18 +238,22 @@ impl DevicePagemap {
             }
             accounts.used += pages;
         }
-        match self.memory.allocate(order) {
-            Ok(frame) => {
-                let mut accounts = lock(&self.accounts);
-                accounts.peak = accounts.peak.max(accounts.used);
-                drop(accounts);
-                Ok(DeviceBlock { pagemap: Arc::clone(self), frame, order, owned: true })
-            }
-            Err(error) => {
-                lock(&self.accounts).used -= pages;
-                Err(error)
-            }
-        }
+        let mut reserved = Reserved { pagemap: self, pages };
+        let frame = self.memory.allocate(order)?;
+        reserved.pages = 0;
+        let mut accounts = lock(&self.accounts);
+        accounts.peak = accounts.peak.max(accounts.used);
+        drop(accounts);
+        Ok(DeviceBlock { pagemap: Arc::clone(self), frame, order, owned: true })
+    }
+
+    /// Tells whether a block of this many pages would be within the limit.
+    pub(crate) fn has_room(&self, pages: u64) -> bool {
+        self.limit - self.used() >= pages
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        lock(&self.accounts).closed
     }
 
     /// Gives out no blocks from now on.
@@ -287,7 +305,6 @@ impl DeviceBlock {
         self.owned = false;
         let pagemap = Arc::clone(&self.pagemap);
         let (first, order) = (self.frame, self.order);
-        std::mem::forget(self);
         let frames = (first.0..).map(DeviceFrame).take(order.pages() as usize);
         {
             let mut accounts = lock(&pagemap.accounts);

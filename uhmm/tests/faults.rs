@@ -12,8 +12,8 @@ use mmu_notifier::{Event, EventKind, Subscriptions};
 use uhmm::backend::{Isolation, Select};
 use uhmm::sim::Mapping;
 use uhmm::{
-    Access, AddressSpace, Backend, Coherence, FaultError, Order, Owner, PageEntry, PageRange,
-    PagemapOptions, RangeFault, Residency, SpaceId, SystemMemory, policy::Policies,
+    Access, AddressSpace, Backend, Coherence, Death, FaultError, Order, Owner, PageEntry,
+    PageRange, PagemapOptions, RangeFault, Residency, SpaceId, SystemMemory, policy::Policies,
 };
 
 #[test]
@@ -219,7 +219,8 @@ fn a_thread_that_would_wait_for_its_own_migration_is_told_so() {
 /// A backend that announces a change, and makes none, whenever it is looked at, `collisions` times;
 /// and whose pages are never there if `vain`.
 struct Colliding {
-    inner: Arc<dyn Backend>,
+    /// The address space whose backend answers.
+    inner: AddressSpace,
     collisions: AtomicU32,
     vain: bool,
     fault_takes: Duration,
@@ -227,23 +228,23 @@ struct Colliding {
 
 impl Backend for Colliding {
     fn id(&self) -> SpaceId {
-        self.inner.id()
+        self.inner.backend().id()
     }
 
     fn notifiers(&self) -> &Arc<Subscriptions> {
-        self.inner.notifiers()
+        self.inner.backend().notifiers()
     }
 
     fn coherence(&self) -> Coherence {
-        self.inner.coherence()
+        self.inner.backend().coherence()
     }
 
     fn memory(&self) -> Arc<dyn SystemMemory> {
-        self.inner.memory()
+        self.inner.backend().memory()
     }
 
     fn snapshot(&self, range: PageRange, entries: &mut Vec<PageEntry>) {
-        self.inner.snapshot(range, entries);
+        self.inner.backend().snapshot(range, entries);
         let left = self.collisions.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
         if left.is_ok() {
             let event = Event::new(EventKind::Clear, range.va_range());
@@ -262,11 +263,11 @@ impl Backend for Colliding {
         deadline: Option<Instant>,
     ) -> Result<(), FaultError> {
         std::thread::sleep(self.fault_takes);
-        self.inner.fault(range, access, keep, deadline)
+        self.inner.backend().fault(range, access, keep, deadline)
     }
 
     fn isolate(&self, range: PageRange, select: Select) -> Box<dyn Isolation> {
-        self.inner.isolate(range, select)
+        self.inner.backend().isolate(range, select)
     }
 
     fn exclusive(
@@ -275,20 +276,20 @@ impl Backend for Colliding {
         owner: Owner,
         deadline: Option<Instant>,
     ) -> Result<(), FaultError> {
-        self.inner.exclusive(range, owner, deadline)
+        self.inner.backend().exclusive(range, owner, deadline)
     }
 
     fn end_exclusive(&self, range: PageRange, owner: Owner) {
-        self.inner.end_exclusive(range, owner);
+        self.inner.backend().end_exclusive(range, owner);
     }
 
     // The simulated address space ends by itself, with its process.
-    fn exit(&self) {}
+    fn exit(&self, _: Death) {}
 }
 
 /// Makes an address space that collides, over the memory of `rig`'s process.
 fn colliding(rig: &Rig, collisions: u32, vain: bool, fault_takes: Duration) -> AddressSpace {
-    let inner = Arc::clone(rig.process.address_space().backend());
+    let inner = rig.process.address_space().clone();
     let collisions = AtomicU32::new(collisions);
     AddressSpace::new(Arc::new(Colliding { inner, collisions, vain, fault_takes }))
 }

@@ -11,6 +11,24 @@
 //!
 //! Each policy is small and does one thing. A [`Policies`] is a list of them: each is asked in turn
 //! and may change what those before it have decided.
+#![doc = include_str!("../../docs/policies.md")]
+
+mod density_prefetch;
+mod fault_around;
+mod first_in;
+mod least_recently_used;
+mod minimum_residency;
+mod preferred_location;
+mod recent;
+mod thrash_throttle;
+
+pub use density_prefetch::DensityPrefetch;
+pub use fault_around::FaultAround;
+pub use first_in::FirstIn;
+pub use least_recently_used::LeastRecentlyUsed;
+pub use minimum_residency::MinimumResidency;
+pub use preferred_location::PreferredLocation;
+pub use thrash_throttle::ThrashThrottle;
 
 use std::fmt;
 use std::sync::Arc;
@@ -25,7 +43,7 @@ use crate::page::{Order, Page, PageRange};
 /// One rule about where pages should be. See the [module](self).
 ///
 /// Called with no lock of this crate held, by the thread that faults or evicts. An implementation
-/// must not fault or migrate itself.
+/// must not fault or migrate itself, nor end a mirror or an address space.
 pub trait Policy: Send + Sync + fmt::Debug + 'static {
     /// Returns the name that its figures are listed under.
     fn name(&self) -> &'static str;
@@ -99,6 +117,18 @@ pub struct DevicePlan {
     pub range: PageRange,
     /// How long to wait before anything is done.
     pub nap: Duration,
+}
+
+impl DevicePlan {
+    /// The page moves to the device, at once and alone.
+    pub(crate) fn on_device(page: Page) -> DevicePlan {
+        DevicePlan { location: Location::Device, range: page.into(), nap: Duration::ZERO }
+    }
+
+    /// The page stays where it is.
+    pub(crate) fn in_place(page: Page) -> DevicePlan {
+        DevicePlan { location: Location::System, ..DevicePlan::on_device(page) }
+    }
 }
 
 /// A CPU's touch of a page on a device.
@@ -188,8 +218,18 @@ pub enum MigrateCause {
 pub struct Policies(Vec<Arc<dyn Policy>>);
 
 impl Default for Policies {
+    /// The policies of every device whose author chooses none, with their defaults, in this order:
+    /// [`DensityPrefetch`] and [`FaultAround`] say what comes along, [`MinimumResidency`] and
+    /// [`ThrashThrottle`] who waits, and [`LeastRecentlyUsed`] what leaves first. Each of the first
+    /// two only adds, the longest wait is the one that is kept, and the rank does not touch the
+    /// protection, so the result hardly depends on the order.
     fn default() -> Policies {
         Policies::none()
+            .and(DensityPrefetch::new())
+            .and(FaultAround::new())
+            .and(MinimumResidency::new())
+            .and(ThrashThrottle::new())
+            .and(LeastRecentlyUsed)
     }
 }
 
@@ -204,36 +244,57 @@ impl Policies {
         Policies(Vec::new())
     }
 
+    /// Asks `policy` last. Pass an [`Arc`] by [`and_shared`](Policies::and_shared) to go on
+    /// talking to it.
+    #[must_use]
+    pub fn and(self, policy: impl Policy) -> Policies {
+        self.and_shared(Arc::new(policy))
+    }
+
+    /// Asks `policy` last, which others may hold too.
+    #[must_use]
+    pub fn and_shared(mut self, policy: Arc<dyn Policy>) -> Policies {
+        self.0.push(policy);
+        self
+    }
+
     /// Returns what each policy did so far.
     pub fn figures(&self) -> Vec<(&'static str, Vec<(&'static str, u64)>)> {
         self.0.iter().map(|policy| (policy.name(), policy.figures())).collect()
     }
 
-    pub(crate) fn device_fault(&self, fault: &DeviceFault<'_>) -> DevicePlan {
+    /// The longest nap that any policy can make anybody take.
+    pub const MAX_NAP: Duration = Duration::from_millis(100);
+
+    /// Asks what is to be done about a fault in a mapping of `order`.
+    pub(crate) fn device_fault(&self, fault: &DeviceFault<'_>, order: Order) -> DevicePlan {
         let page = PageRange::from(fault.page);
-        let mut plan = DevicePlan { location: Location::Device, range: page, nap: Duration::ZERO };
+        // A large page moves whole, unless a policy wants less.
+        let range = fault.page.block(order);
+        let mut plan = DevicePlan { range, ..DevicePlan::on_device(fault.page) };
         self.0.iter().for_each(|policy| policy.device_fault(fault, &mut plan));
         plan.range = plan.range.intersection(fault.mirror).unwrap_or(page);
         if !plan.range.contains(fault.page) {
             plan.range = page;
         }
+        plan.nap = plan.nap.min(Policies::MAX_NAP);
         plan
     }
 
     pub(crate) fn cpu_fault(&self, fault: &CpuFault) -> HomePlan {
-        let page = PageRange::from(fault.page);
         let block = fault.page.block(fault.order);
         let mut plan = HomePlan { range: block, nap: Duration::ZERO };
         self.0.iter().for_each(|policy| policy.cpu_fault(fault, &mut plan));
-        if !plan.range.contains(fault.page) {
-            plan.range = page;
+        // Part of a block does not come alone, and the page must come.
+        if !plan.range.covers(block) {
+            plan.range = block;
         }
+        plan.nap = plan.nap.min(Policies::MAX_NAP);
         plan
     }
 
     pub(crate) fn victim(&self, candidate: &Candidate) -> Verdict {
-        let nanoseconds = u64::try_from(candidate.arrived.as_nanos()).unwrap_or(u64::MAX);
-        let mut verdict = Verdict { protected: false, rank: nanoseconds };
+        let mut verdict = Verdict { protected: false, rank: nanoseconds(candidate.arrived) };
         self.0.iter().for_each(|policy| policy.victim(candidate, &mut verdict));
         verdict
     }
@@ -255,3 +316,17 @@ impl fmt::Debug for DeviceFault<'_> {
             .finish_non_exhaustive()
     }
 }
+
+/// Returns a time as the rank of a block.
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Returns the smallest range that holds both, and what lies between them.
+fn join(a: PageRange, b: PageRange) -> PageRange {
+    let (first, last) = (a.first().min(b.first()), a.last().max(b.last()));
+    PageRange::from_bounds(first, last).expect("the first page of all is not behind the last")
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod testing;

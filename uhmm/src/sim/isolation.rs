@@ -80,6 +80,8 @@ impl Space {
             for piece in state.classify(self.id, range, select) {
                 match piece.verdict {
                     Verdict::Take(id) => state.add_mappings(id, &mut concern),
+                    // The shared frame of zeroes can be seen; a place without an entry cannot.
+                    Verdict::TakeZero if state.entry(self.id, piece.pages.first()).is_some() => {}
                     Verdict::TakeZero | Verdict::Again | Verdict::Stay(_) => continue,
                 }
                 concern.add(self.id, range);

@@ -48,24 +48,81 @@
 //!
 //! # Examples
 //!
+//! A device that mirrors a process, in full: its page table is a map, and it reads through it.
+//!
 //! ```
+//! use std::collections::BTreeMap;
+//! use std::sync::Arc;
 //! use uhmm::sim::{Machine, Mapping};
-//! use uhmm::{Access, PageRange};
+//! use uhmm::{
+//!     Access, Device, Event, Frame, Page, PageEntry, PageRange, RangeFault, Residency,
+//!     SystemMemory,
+//! };
+//!
+//! struct Toy;
+//!
+//! struct PageTable {
+//!     memory: Arc<dyn SystemMemory>,
+//!     frames: BTreeMap<Page, Frame>,
+//! }
+//!
+//! impl Device for Toy {
+//!     type PageTable = PageTable;
+//!     type Fence = ();
+//!
+//!     fn page_table(&self, _: PageRange, memory: &Arc<dyn SystemMemory>) -> PageTable {
+//!         PageTable { memory: Arc::clone(memory), frames: BTreeMap::new() }
+//!     }
+//!
+//!     fn map(&self, table: &mut PageTable, range: PageRange, entries: &[PageEntry]) {
+//!         for (page, entry) in range.iter().zip(entries) {
+//!             match entry.residency {
+//!                 Residency::System(frame) if entry.access >= Access::Read => {
+//!                     table.frames.insert(page, frame);
+//!                 }
+//!                 _ => drop(table.frames.remove(&page)),
+//!             }
+//!         }
+//!     }
+//!
+//!     // Leave this empty, and the last read of this example panics: it finds a freed frame.
+//!     fn invalidate(&self, table: &mut PageTable, event: &Event) {
+//!         table.frames.retain(|page, _| !event.range().contains(page.address()));
+//!     }
+//! }
 //!
 //! let machine = Machine::new();
 //! let process = machine.spawn();
 //! let range = PageRange::new(0x10000, 0x4000)?;
 //! process.map(range, Mapping::anonymous(Access::Write))?;
-//!
 //! process.store_u64(0x10000, 42)?;
-//! let child = process.fork()?;
-//! child.store_u64(0x10000, 43)?;
-//! assert_eq!(process.load_u64(0x10000)?, 42);
 //!
+//! let mirror = process.address_space().mirror(&Arc::new(Toy), range)?;
+//! let read = || -> Option<u64> {
+//!     let read = |table: &PageTable| {
+//!         let mut word = [0; 8];
+//!         table.memory.read(*table.frames.get(&range.first())?, 0, &mut word);
+//!         Some(u64::from_ne_bytes(word))
+//!     };
+//!     mirror.inspect(read).expect("the process lives")
+//! };
+//! assert_eq!(read(), None);
+//! mirror.range_fault(&RangeFault::read(range))?;
+//! assert_eq!(read(), Some(42));
+//!
+//! // The page is swapped out: the device hears of it before it happens, and faults it in again.
 //! assert_eq!(process.reclaim(range), 1);
-//! assert_eq!(process.load_u64(0x10000)?, 42);
+//! assert_eq!(read(), None);
+//! mirror.range_fault(&RangeFault::read(range))?;
+//! assert_eq!(read(), Some(42));
 //!
-//! drop((process, child));
+//! // After a fork, a store of the parent goes to a new page, and so does the device's next read.
+//! let child = process.fork()?;
+//! process.store_u64(0x10000, 43)?;
+//! mirror.range_fault(&RangeFault::read(range))?;
+//! assert_eq!((read(), child.load_u64(0x10000)?), (Some(43), 42));
+//!
+//! drop((mirror, process, child));
 //! assert_eq!(machine.frames(), 0);
 //! machine.check()?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())

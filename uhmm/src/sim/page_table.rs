@@ -295,3 +295,91 @@ impl<'a> Announced<'a> {
         concern.runs().into_iter().all(|(space, range)| self.covers(space, range, None))
     }
 }
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    const PAGE: Page = Page::containing(0x5000);
+
+    fn table(sight: Sight) -> (SpaceId, PageTable) {
+        let space = SpaceId::new();
+        let mut table = PageTable::new(space);
+        table.fill(PAGE, Entry { sight, ..Entry::visible(Target::Zero, Order::PAGE) });
+        (space, table)
+    }
+
+    fn place(space: SpaceId, range: PageRange) -> [Place; 1] {
+        [(space, Subscriptions::new(), range)]
+    }
+
+    #[test]
+    fn a_change_within_its_announcement_is_made() {
+        let (space, mut table) = table(Sight::Visible);
+        let places = place(space, PAGE.into());
+        let announced = Announced::announce(&places, EventKind::Clear, None);
+        table.change(PAGE, &announced, |entry| entry.writable = true);
+        assert!(table.take(PAGE, &announced).writable);
+    }
+
+    #[test]
+    #[should_panic(expected = "the entry at 0x5000")]
+    fn a_change_outside_the_announced_range_names_the_page() {
+        let (space, mut table) = table(Sight::Visible);
+        let beside = Page::containing(0x6000);
+        let places = place(space, beside.into());
+        let announced = Announced::announce(&places, EventKind::Clear, None);
+        table.take(PAGE, &announced);
+    }
+
+    #[test]
+    #[should_panic(expected = "is changed outside an announcement that covers it")]
+    fn an_announcement_to_another_address_space_does_not_do() {
+        let (_, mut table) = table(Sight::Visible);
+        let places = place(SpaceId::new(), PageRange::ALL);
+        let announced = Announced::announce(&places, EventKind::Clear, None);
+        table.change(PAGE, &announced, |_| ());
+    }
+
+    #[test]
+    #[should_panic(expected = "is changed outside an announcement that covers it")]
+    fn an_announcement_that_the_holder_does_not_hear_does_not_do() {
+        let owner = Owner::new();
+        let (space, mut table) = table(Sight::Exclusive(owner));
+        let places = place(space, PAGE.into());
+        let announced = Announced::announce(&places, EventKind::Exclusive, Some(owner));
+        table.change(PAGE, &announced, |_| ());
+    }
+
+    #[test]
+    #[should_panic(expected = "is changed outside an announcement that covers it")]
+    fn what_can_be_seen_is_not_taken_for_hidden() {
+        let (_, mut table) = table(Sight::Visible);
+        table.change_hidden(PAGE, |_| ());
+    }
+
+    #[test]
+    fn what_nobody_can_see_is_changed_without_an_announcement() {
+        let (_, mut table) = table(Sight::Hidden);
+        table.change_hidden(PAGE, |entry| entry.sight = Sight::Visible);
+        assert_eq!(table.find(PAGE).unwrap().1.sight, Sight::Visible);
+    }
+
+    #[test]
+    fn ranges_that_touch_are_announced_as_one() {
+        let (space, other) = (SpaceId::new(), SpaceId::new());
+        let range = |first, pages| PageRange::from_pages(Page::new(first).unwrap(), pages).unwrap();
+        let mut concern = Concern::default();
+        for (of, piece) in [
+            (space, range(4, 2)),
+            (other, range(3, 1)),
+            (space, range(2, 2)),
+            (space, range(3, 1)),
+            (space, range(9, 1)),
+        ] {
+            concern.add(of, piece);
+        }
+        let runs = [(space, range(2, 4)), (space, range(9, 1)), (other, range(3, 1))];
+        assert_eq!(concern.runs(), runs);
+    }
+}

@@ -11,7 +11,7 @@ use super::page_table::{Entry, Sight, Target};
 use super::ram::ZERO;
 use super::state::State;
 use super::vma::Vma;
-use crate::address_space::SpaceId;
+use crate::address_space::{Death, SpaceId};
 use crate::backend::{Backend, Coherence, Isolation, Select, SystemMemory};
 use crate::entry::{Access, DeviceFrame, DeviceLocation, Frame, PageEntry, Residency};
 use crate::error::FaultError;
@@ -79,7 +79,7 @@ impl Backend for Space {
         self.give_back(range, owner);
     }
 
-    fn exit(&self) {
+    fn exit(&self, _death: Death) {
         // Nobody subscribes to a dead address space; the announcement is what `zap` asks for.
         self.shared.change_range(EventKind::Unmap, self.id, PageRange::ALL, |state, announced| {
             if state.space(self.id).is_none() {

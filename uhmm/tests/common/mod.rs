@@ -288,7 +288,11 @@ impl Rig {
     }
 }
 
-pub(crate) fn mirror(process: &Process, gpu: &Arc<Gpu>, pagemap: &Arc<DevicePagemap>) -> Mirror<Gpu> {
+pub(crate) fn mirror(
+    process: &Process,
+    gpu: &Arc<Gpu>,
+    pagemap: &Arc<DevicePagemap>,
+) -> Mirror<Gpu> {
     let all = range(0, 1 << 20);
     process.address_space().mirror_with(gpu, all, pagemap).expect("the process lives")
 }
