@@ -11,14 +11,14 @@ mod model;
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, mpsc};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use model::device::Defect;
 use model::session::{Scene, Session};
 use uhmm::Access;
-use uhmm::operations::{DeviceName, Memory, Operation, Pages, SpaceName, Word};
+use uhmm::operations::{DeviceName, Memory, Operation, OperationFile, Pages, SpaceName, Word};
 
 const PAGES: u8 = 3;
 const DEVICES: u8 = 2;
@@ -205,7 +205,7 @@ enum Start {
 fn scene(defect: Defect) -> Scene<'static> {
     const ALL: [(DeviceName, u64); 2] = [(DeviceName(0), 2), (DeviceName(1), 2)];
     // The pages are every second one, so that they are all alike: each a mapping for itself.
-    Scene { arena: 2 * u64::from(PAGES), devices: &ALL, defect }
+    Scene { arena: 2 * u64::from(PAGES), devices: &ALL, defect, apart: false }
 }
 
 fn place(page: u8) -> Pages {
@@ -220,11 +220,8 @@ fn start(start: Start) -> Vec<Operation> {
         let pages = place(page);
         operations.push(Operation::Map { space, pages, memory, access });
         if start == Start::Written {
-            for offset in model::OFFSETS {
-                let value = 0x1000 * (u64::from(page) + 1) + u64::from(offset);
-                let word = Word { page: pages.first, offset };
-                operations.push(Operation::Write { space, word, value });
-            }
+            let value = 0x1000 * (u64::from(page) + 1);
+            operations.push(Operation::Write { space, word: Word::of(pages.first), value });
         }
     }
     operations
@@ -271,6 +268,9 @@ fn operation(session: &Session, index: usize, made: Move) -> Operation {
     }
 }
 
+/// The steps that can fail, by name.
+const STEPS: [&str; 4] = ["frame", "allocate", "copy", "clear"];
+
 /// Which operations of a sequence are looked at after each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Looking {
@@ -279,7 +279,8 @@ enum Looking {
     Always,
 }
 
-/// A run of a sequence in a new world.
+/// How sequences are run, each in a new world.
+#[derive(Clone, Copy, Debug)]
 struct Run {
     from: Start,
     defect: Defect,
@@ -288,48 +289,71 @@ struct Run {
     fail_after: Option<u64>,
 }
 
+/// What a run was.
+struct Ran {
+    /// How many of each of the [`STEPS`] the moves took.
+    steps: [u64; STEPS.len()],
+    /// What things are like after the moves, if that was asked for.
+    fingerprint: Vec<u8>,
+}
+
 impl Run {
     fn new(from: Start) -> Run {
         Run { from, defect: Defect::None, looking: Looking::AtTheLast, fail_after: None }
     }
 
-    /// Runs a sequence to its end, and returns how many steps that can fail its moves took.
-    fn run(&self, moves: &[Move]) -> Result<u64, String> {
-        let mut done = start(self.from);
-        let steps = catch_unwind(AssertUnwindSafe(|| self.run_noting(moves, &mut done)));
-        let steps = steps.unwrap_or_else(|panic| Err(format!("panic: {}", message(&*panic))));
-        steps.map_err(|what| {
-            let file = Session::file(scene(self.defect), &done);
-            format!("{what}\nafter {} steps failing: {:?}\n{file}", moves.len(), self.fail_after)
+    /// Runs a sequence to its end. What goes wrong is told as an operation file that shows it.
+    fn run(self, moves: &[Move]) -> Result<Ran, String> {
+        self.run_asking(moves, |_| Vec::new())
+    }
+
+    fn run_asking(
+        self,
+        moves: &[Move],
+        fingerprint: impl Fn(&Session) -> Vec<u8>,
+    ) -> Result<Ran, String> {
+        let mut session = Session::new(scene(self.defect));
+        let run = || self.run_in(&mut session, moves, fingerprint);
+        let ran = catch_unwind(AssertUnwindSafe(run));
+        let ran = ran.unwrap_or_else(|panic| Err(format!("panic: {}", message(&*panic))));
+        ran.map_err(|what| match self.fail_after {
+            Some(after) => session.report(&format!("{what}\nafter {after} steps one failed")),
+            None => session.report(&what),
         })
     }
 
-    fn run_noting(&self, moves: &[Move], done: &mut Vec<Operation>) -> Result<u64, String> {
-        let mut session = Session::new(scene(self.defect));
-        done.iter().for_each(|&operation| session.trust(operation));
-        let before = session.steps();
+    fn run_in(
+        self,
+        session: &mut Session,
+        moves: &[Move],
+        fingerprint: impl Fn(&Session) -> Vec<u8>,
+    ) -> Result<Ran, String> {
+        start(self.from).into_iter().for_each(|operation| session.trust(operation));
+        let before = STEPS.map(|step| session.steps_of(step));
         if let Some(after) = self.fail_after {
             session.fail_after(after);
         }
+        session.look();
         for (index, &made) in moves.iter().enumerate() {
-            let operation = operation(&session, index, made);
-            done.push(operation);
+            let operation = operation(session, index, made);
             let last = index + 1 == moves.len();
-            if self.looking == Looking::Always || last {
-                if index == 0 || self.looking == Looking::AtTheLast {
-                    session.look();
-                }
+            if last && self.looking == Looking::AtTheLast {
+                session.look();
+            }
+            if last || self.looking == Looking::Always {
                 session.step(operation)?;
             } else {
                 session.trust(operation);
             }
         }
-        let steps = session.steps() - before;
+        let mut steps = STEPS.map(|step| session.steps_of(step));
+        steps.iter_mut().zip(before).for_each(|(steps, before)| *steps -= before);
         if session.is_failing() {
             return Err("the step that was to fail was not taken".into());
         }
-        session.finish(moves.len() + steps as usize)?;
-        Ok(steps)
+        let fingerprint = fingerprint(session);
+        session.finish(moves.len() + steps.iter().sum::<u64>() as usize)?;
+        Ok(Ran { steps, fingerprint })
     }
 }
 
@@ -338,11 +362,12 @@ fn message(panic: &(dyn std::any::Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
 }
 
-/// Does `work` on all items, on all processors, and adds the results up. Stops at the first error.
-fn in_parallel<T: Sync>(
+/// Does `work` on all items, on all processors, and returns the results in the order of the items.
+/// Stops at an error.
+fn in_parallel<T: Sync, R: Send>(
     items: &[T],
-    work: impl Fn(&T) -> Result<usize, String> + Sync,
-) -> Result<usize, String> {
+    work: impl Fn(&T) -> Result<R, String> + Sync,
+) -> Result<Vec<R>, String> {
     let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
     let (sender, results) = mpsc::channel();
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
@@ -351,46 +376,153 @@ fn in_parallel<T: Sync>(
             let sender = sender.clone();
             let (next, stop, work) = (&next, &stop, &work);
             scope.spawn(move || {
-                // Relaxed: each thread takes other items, and joining them orders the rest.
-                while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed))
-                    && !stop.load(Ordering::Relaxed)
-                {
+                // Relaxed, both: each thread takes other items, and joining them orders the rest.
+                while !stop.load(Ordering::Relaxed) {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(item) = items.get(index) else { break };
                     let result = work(item);
                     stop.fetch_or(result.is_err(), Ordering::Relaxed);
-                    sender.send(result).expect("the receiver is there until the threads end");
+                    sender.send((index, result)).expect("the receiver outlives the threads");
                 }
             });
         }
     });
     drop(sender);
-    results.into_iter().sum()
+    let mut results: Vec<_> = results.into_iter().collect();
+    results.sort_by_key(|&(index, _)| index);
+    results.into_iter().map(|(_, result)| result).collect()
 }
 
-/// Runs all sequences of up to `length` moves, and returns how many of each length there were.
-fn run_all(run: &Run, length: usize) -> Result<Vec<usize>, String> {
+/// Does `work` on all sequences of up to `length` moves, and returns how many of each length there
+/// were.
+fn all(
+    length: usize,
+    work: impl Fn(&[Move]) -> Result<(), String> + Sync,
+) -> Result<Vec<usize>, String> {
     let mut counts = Vec::new();
     for length in 1..=length {
         let prefixes = Sequence::empty().extended(length - 1);
         let count = in_parallel(&prefixes, |prefix| {
             let next = prefix.next();
-            for &made in &next {
-                run.run(&prefix.with(made).moves)?;
-            }
+            next.iter().try_for_each(|&made| work(&prefix.with(made).moves))?;
             Ok(next.len())
         })?;
-        counts.push(count);
+        counts.push(count.into_iter().sum());
     }
     Ok(counts)
 }
 
+fn run_all(run: Run, length: usize) -> Result<Vec<usize>, String> {
+    all(length, |moves| run.run(moves).map(drop))
+}
+
+fn all_classes(length: usize) -> Vec<usize> {
+    (1..=length).map(classes).collect()
+}
+
 #[test]
 fn all_sequences_of_up_to_four_operations() {
-    let counts = run_all(&Run::new(Start::Written), 4).unwrap_or_else(|what| panic!("{what}"));
-    assert_eq!(counts, (1..=4).map(classes).collect::<Vec<_>>());
+    let counts = run_all(Run::new(Start::Written), 4).unwrap_or_else(|what| panic!("\n{what}"));
+    assert_eq!(counts, all_classes(4));
 }
 
 #[test]
 fn all_sequences_of_up_to_three_operations_on_untouched_memory() {
-    let counts = run_all(&Run::new(Start::Untouched), 3).unwrap_or_else(|what| panic!("{what}"));
-    assert_eq!(counts, (1..=3).map(classes).collect::<Vec<_>>());
+    let counts = run_all(Run::new(Start::Untouched), 3).unwrap_or_else(|what| panic!("\n{what}"));
+    assert_eq!(counts, all_classes(3));
+}
+
+/// Every step that can fail fails once, in every sequence of up to three operations.
+#[test]
+fn all_sequences_with_each_step_failing() {
+    let run = Run { looking: Looking::Always, ..Run::new(Start::Written) };
+    let failed: [AtomicU64; STEPS.len()] = Default::default();
+    let counts = all(3, |moves| {
+        let steps = run.run(moves)?.steps;
+        for (failed, steps) in failed.iter().zip(steps) {
+            // Relaxed: read when the threads have been joined.
+            failed.fetch_add(steps, Ordering::Relaxed);
+        }
+        (0..steps.iter().sum())
+            .try_for_each(|after| Run { fail_after: Some(after), ..run }.run(moves).map(drop))
+    });
+    assert_eq!(counts.unwrap_or_else(|what| panic!("\n{what}")), all_classes(3));
+    for (step, failed) in STEPS.into_iter().zip(failed) {
+        // Of some 9000 sequences, each step is in a good part.
+        assert!(failed.into_inner() > 1000, "`{step}` hardly ever failed");
+    }
+}
+
+/// Sequences of five and six operations. Where two lead to the same state, as far as that can be
+/// seen, one of them goes on.
+#[test]
+fn longer_sequences_from_every_state() {
+    let pages: Vec<Vec<u64>> = permutations(&[0, 2, 4]);
+    let devices: Vec<Vec<usize>> = permutations(&[0, 1]);
+    let run = Run::new(Start::Written);
+    let mut known = BTreeSet::new();
+    let mut edge = vec![Sequence::empty()];
+    let mut sizes = Vec::new();
+    let end = Instant::now() + LONGER;
+    for _ in 1..=6 {
+        let reached = in_parallel(&edge, |sequence| {
+            let mut reached = Vec::new();
+            for made in sequence.next() {
+                if Instant::now() >= end {
+                    break;
+                }
+                let longer = sequence.with(made);
+                let fingerprint = |session: &Session| session.fingerprint(&pages, &devices);
+                let ran = run.run_asking(&longer.moves, fingerprint)?;
+                reached.push((ran.fingerprint, longer));
+            }
+            Ok(reached)
+        });
+        let reached = reached.unwrap_or_else(|what| panic!("\n{what}"));
+        let runs = reached.iter().map(Vec::len).sum::<usize>();
+        edge.clear();
+        for (fingerprint, sequence) in reached.into_iter().flatten() {
+            if known.insert(fingerprint) {
+                edge.push(sequence);
+            }
+        }
+        sizes.push((runs, edge.len()));
+        println!("{sizes:?}");
+    }
+}
+const LONGER: Duration = Duration::from_secs(200);
+
+fn permutations<T: Copy + PartialEq>(of: &[T]) -> Vec<Vec<T>> {
+    if of.is_empty() {
+        return vec![Vec::new()];
+    }
+    let first = |&first: &T| {
+        let rest: Vec<T> = of.iter().copied().filter(|&other| other != first).collect();
+        let with_first = move |mut rest: Vec<T>| {
+            rest.insert(0, first);
+            rest
+        };
+        permutations(&rest).into_iter().map(with_first).collect::<Vec<_>>()
+    };
+    of.iter().flat_map(first).collect()
+}
+
+/// The oracle bites: whatever is wrong with a device, some short sequence shows it.
+#[test]
+fn every_defect_of_a_device_is_found() {
+    const DEFECTS: [Defect; 6] = [
+        Defect::LosesCopiesIn,
+        Defect::LosesCopiesOut,
+        Defect::LosesClears,
+        Defect::KeepsTranslations,
+        Defect::GivesOutTwice,
+        Defect::StoresAnyway,
+    ];
+    for defect in DEFECTS {
+        let run = Run { defect, ..Run::new(Start::Written) };
+        let report = run_all(run, 3).expect_err(&format!("{defect:?} is not found"));
+        println!("{defect:?}:\n{report}");
+        let file = OperationFile::parse("report", &report);
+        file.unwrap_or_else(|error| panic!("{defect:?}: {error} in\n{report}"));
+    }
 }

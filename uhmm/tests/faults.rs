@@ -13,7 +13,8 @@ use uhmm::backend::{Isolation, Select};
 use uhmm::sim::Mapping;
 use uhmm::{
     Access, AddressSpace, Backend, Coherence, Death, FaultError, Order, Owner, PageEntry,
-    PageRange, PagemapOptions, RangeFault, Residency, SpaceId, SystemMemory, policy::Policies,
+    PageRange, PagemapOptions, RangeFault, Residency, SpaceId, SystemMemory,
+    policy::{CpuFault, DeviceFault, DevicePlan, HomePlan, Policies, Policy},
 };
 
 #[test]
@@ -217,13 +218,25 @@ fn a_thread_that_would_wait_for_its_own_migration_is_told_so() {
 // Collisions, made on purpose by a backend around the simulated one.
 
 /// A backend that announces a change, and makes none, whenever it is looked at, `collisions` times;
-/// and whose pages are never there if `vain`.
+/// and that lies.
 struct Colliding {
     /// The address space whose backend answers.
     inner: AddressSpace,
     collisions: AtomicU32,
-    vain: bool,
+    lie: Lie,
     fault_takes: Duration,
+}
+
+/// What it says of its pages that is not so.
+#[derive(Clone, Copy, PartialEq)]
+enum Lie {
+    Nothing,
+    /// That they are never there.
+    Empty,
+    /// That they are not mapped, whenever it is in the middle of a change.
+    HoleInTheMiddle,
+    /// That all after the first are one huge page.
+    Huge,
 }
 
 impl Backend for Colliding {
@@ -250,8 +263,11 @@ impl Backend for Colliding {
             let event = Event::new(EventKind::Clear, range.va_range());
             drop(self.notifiers().invalidate_range_start(event));
         }
-        if self.vain {
-            entries.iter_mut().for_each(|entry| entry.residency = Residency::Empty);
+        match self.lie {
+            Lie::Empty => entries.iter_mut().for_each(|entry| entry.residency = Residency::Empty),
+            Lie::HoleInTheMiddle if left.is_ok() => entries.fill(PageEntry::default()),
+            Lie::Huge => entries.iter_mut().skip(1).for_each(|entry| entry.order = Order::HUGE),
+            Lie::Nothing | Lie::HoleInTheMiddle => {}
         }
     }
 
@@ -288,17 +304,17 @@ impl Backend for Colliding {
 }
 
 /// Makes an address space that collides, over the memory of `rig`'s process.
-fn colliding(rig: &Rig, collisions: u32, vain: bool, fault_takes: Duration) -> AddressSpace {
+fn colliding(rig: &Rig, collisions: u32, lie: Lie, fault_takes: Duration) -> AddressSpace {
     let inner = rig.process.address_space().clone();
     let collisions = AtomicU32::new(collisions);
-    AddressSpace::new(Arc::new(Colliding { inner, collisions, vain, fault_takes }))
+    AddressSpace::new(Arc::new(Colliding { inner, collisions, lie, fault_takes }))
 }
 
 #[test]
 fn e01_a_collision_begins_again_and_is_counted() {
     let rig = Rig::new(1, 0);
     rig.fill(1, 3);
-    let space = colliding(&rig, 3, false, Duration::ZERO);
+    let space = colliding(&rig, 3, Lie::Nothing, Duration::ZERO);
     let second = space.mirror(&rig.gpu, range(0, 1)).expect("the process lives");
     let done = second.range_fault(&RangeFault::read(range(0, 1))).expect("the fourth try");
     assert_eq!((done.collisions, done.faulted), (3, 0));
@@ -310,7 +326,7 @@ fn e01_a_collision_begins_again_and_is_counted() {
 fn x11_collisions_alone_use_up_the_budget() {
     let rig = Rig::new(1, 0);
     rig.fill(1, 3);
-    let space = colliding(&rig, u32::MAX, false, Duration::ZERO);
+    let space = colliding(&rig, u32::MAX, Lie::Nothing, Duration::ZERO);
     let second = space.mirror(&rig.gpu, range(0, 1)).expect("the process lives");
     let request = RangeFault::read(range(0, 1)).budget(Duration::from_millis(2));
     let error = second.range_fault(&request).expect_err("it always collides");
@@ -325,7 +341,7 @@ fn x11_collisions_alone_use_up_the_budget() {
 fn x11_a_fault_that_takes_long_costs_nothing_of_the_budget() {
     let rig = Rig::new(1, 0);
     let takes = Duration::from_millis(20);
-    let space = colliding(&rig, 2, false, takes);
+    let space = colliding(&rig, 2, Lie::Nothing, takes);
     let second = space.mirror(&rig.gpu, range(0, 1)).expect("the process lives");
     // One collision before the fault, one after it; the fault takes longer than the budget.
     let request = RangeFault::read(range(0, 1)).budget(takes / 2);
@@ -337,12 +353,119 @@ fn x11_a_fault_that_takes_long_costs_nothing_of_the_budget() {
 #[test]
 fn x11_a_page_that_is_taken_away_again_and_again_is_a_collision() {
     let rig = Rig::new(1, 0);
-    let space = colliding(&rig, 0, true, Duration::ZERO);
+    let space = colliding(&rig, 0, Lie::Empty, Duration::ZERO);
     let second = space.mirror(&rig.gpu, range(0, 1)).expect("the process lives");
     let request = RangeFault::read(range(0, 1)).budget(Duration::from_millis(2));
     let error = second.range_fault(&request).expect_err("it is never there");
     assert!(matches!(error, FaultError::Collided { .. }), "{error:?}");
     drop(second);
+}
+
+/// The time of a fault that had to be repeated counts no more than that of the first.
+#[test]
+fn x11_a_fault_that_takes_long_again_costs_nothing_of_the_budget_either() {
+    let rig = Rig::new(1, 0);
+    let takes = Duration::from_millis(20);
+    let space = colliding(&rig, 0, Lie::Empty, takes);
+    let second = space.mirror(&rig.gpu, range(0, 1)).expect("the process lives");
+    let request = RangeFault::read(range(0, 1)).budget(takes / 4);
+    let error = second.range_fault(&request).expect_err("it is never there");
+    let FaultError::Collided { collisions, .. } = error else { panic!("{error:?}") };
+    // One such fault would use up four budgets.
+    assert!(collisions > 1, "{collisions}");
+}
+
+#[test]
+fn x11_a_budget_without_end_is_one() {
+    let rig = Rig::new(1, 0);
+    let request = RangeFault::read(range(0, 1)).budget(Duration::MAX);
+    rig.mirror.range_fault(&request).expect("it can be had");
+    rig.finish();
+}
+
+#[test]
+fn a_deadline_that_has_passed_ends_a_request_that_waits_for_nothing() {
+    let rig = Rig::new(1, 0);
+    let request = RangeFault::snapshot(range(0, 1)).deadline(Instant::now());
+    let error = rig.mirror.range_fault(&request);
+    assert_eq!(error, Err(FaultError::TimedOut { page: page(0) }));
+    rig.finish();
+}
+
+/// A hole in the middle of one mapping's replacement by another is a collision.
+#[test]
+fn an_error_that_was_read_off_a_change_under_way_is_not_believed() {
+    let rig = Rig::new(1, 0);
+    rig.fill(1, 3);
+    let space = colliding(&rig, 2, Lie::HoleInTheMiddle, Duration::ZERO);
+    let second = space.mirror(&rig.gpu, range(0, 1)).expect("the process lives");
+    let done = second.range_fault(&RangeFault::read(range(0, 1))).expect("it is mapped");
+    assert_eq!(done.collisions, 2);
+}
+
+#[test]
+fn a_block_is_only_as_large_as_its_pages_agree() {
+    let rig = Rig::new(512, 0);
+    rig.process.store_u64(word(3), 1).expect("memory is there");
+    let space = colliding(&rig, 0, Lie::Huge, Duration::ZERO);
+    let second = space.mirror(&rig.gpu, range(0, 512)).expect("the process lives");
+    let done = second.range_fault(&RangeFault::snapshot(range(0, 512))).expect("a look");
+    for (at, entry) in done.entries.iter().enumerate() {
+        let block = range(0, 512).iter().nth(at).expect("in range").block(entry.order);
+        let first = range(0, 512).index_of(block.first()).expect("within the request");
+        let agree = |other: &PageEntry| other.access == entry.access;
+        assert!(done.entries[first..][..block.len()].iter().all(agree), "{at}: {block}");
+    }
+}
+
+#[test]
+fn the_pages_around_a_fault_do_not_make_it_fail() {
+    let rig = Rig::with(
+        0x600,
+        0,
+        PagemapOptions::new().policies(Policies::new([Arc::new(Wide) as Arc<dyn Policy>])),
+    );
+    rig.process.unmap(range(0x10, 1));
+    rig.process.protect(range(0x500, 1), Access::None);
+    let done = rig.mirror.handle_fault(page(0x210), Access::Write).expect("it can be had");
+    assert_eq!(done.entry.access, Access::Write);
+    assert_eq!(done.range.pages(), 0x600);
+    rig.finish();
+}
+
+/// Serves everything that is mapped with every fault.
+#[derive(Debug)]
+struct Wide;
+
+impl Policy for Wide {
+    fn name(&self) -> &'static str {
+        "wide"
+    }
+
+    fn device_fault(&self, _: &DeviceFault<'_>, plan: &mut DevicePlan) {
+        plan.range = range(0, 0x600);
+    }
+
+    fn cpu_fault(&self, fault: &CpuFault, plan: &mut HomePlan) {
+        // Less than the block, which is not to be had.
+        plan.range = fault.page.into();
+    }
+}
+
+/// X10: a policy that asks for a part of a large page does not make a CPU ask for ever.
+#[test]
+fn x10_a_large_page_comes_home_whatever_part_of_it_a_policy_wants() {
+    let options =
+        PagemapOptions::new().policies(Policies::new([Arc::new(Wide) as Arc<dyn Policy>]));
+    let rig = Rig::with(1, 0x200, options);
+    let whole = range(0, 0x200);
+    rig.process.map(whole, Mapping::anonymous(Access::Write).huge(true)).expect("it is mapped");
+    rig.fill(0x200, 7);
+    let report = rig.process.address_space().migrate(whole, &rig.pagemap).run();
+    assert_eq!(report.moved, 0x200);
+    rig.machine.injector().fail_always("split");
+    assert_eq!(rig.process.load_u64(word(9)), Ok(16));
+    rig.finish();
 }
 
 #[test]

@@ -4,7 +4,7 @@
 mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Barrier;
+use std::sync::{Arc, Barrier};
 
 use common::{Gpu, Rig, mirror, page, range, word};
 use uhmm::sim::Mapping;
@@ -242,6 +242,18 @@ fn a_large_page_on_the_device_that_is_unmapped_in_part_frees_that_part() {
     rig.finish();
 }
 
+/// Regressions 43, 56: what was split keeps nothing alive.
+#[test]
+fn a_device_is_gone_when_its_last_page_is() {
+    let rig = huge_rig(0x180);
+    let (gpu, pagemap) = (Arc::downgrade(&rig.gpu), Arc::downgrade(&rig.pagemap));
+    rig.fill(0x200, 0);
+    assert_eq!(migrate(&rig, 0, 0x200).moved, 0x180);
+    rig.process.unmap(range(0x10, 0x10));
+    rig.finish();
+    assert_eq!((gpu.strong_count(), pagemap.strong_count()), (0, 0));
+}
+
 // Full devices.
 
 #[test]
@@ -268,6 +280,26 @@ fn a_range_larger_than_the_device_moves_as_far_as_there_is_room() {
     assert_eq!(report.moved, 2);
     assert_eq!(report.stayed.len(), 3);
     check(&rig, 5, 50);
+    rig.finish();
+}
+
+/// What is free in pieces is not helped by evicting more.
+#[test]
+fn a_large_page_evicts_nothing_where_there_is_room_for_it_in_pieces() {
+    let rig = huge_rig(0x400);
+    let small = Mapping::anonymous(Access::Write);
+    rig.process.map(range(0x200, 0x400), small).expect("there is room");
+    // Every second page of the device stays in use, none of whose neighbours is.
+    assert_eq!(migrate(&rig, 0x200, 0x400).moved, 0x400);
+    for index in (0..0x400).step_by(2) {
+        rig.process.unmap(range(0x200 + index, 1));
+    }
+    assert_eq!(rig.pagemap.used(), 0x200);
+    rig.fill(0x200, 9);
+    assert_eq!(migrate(&rig, 0, 0x200).moved, 0x200);
+    let statistics = rig.pagemap.statistics();
+    assert_eq!((statistics.home_by_eviction, statistics.splits), (0, 1));
+    check(&rig, 0x200, 9);
     rig.finish();
 }
 
@@ -382,6 +414,26 @@ fn a_page_moves_from_one_device_to_another_by_way_of_system_memory() {
     assert_eq!(rig.process.load_u64(word(0)), Ok(80));
     rig.finish();
     assert_eq!(pagemap.used(), 0);
+}
+
+/// What failed on the first half of its way is not called elsewhere.
+#[test]
+fn a_page_that_another_device_could_not_copy_home_says_so() {
+    let rig = Rig::new(2, 2);
+    rig.fill(2, 80);
+    let other = Gpu::new(2);
+    let pagemap = DevicePagemap::register_with(
+        other.clone(),
+        PagemapOptions::new().policies(Policies::none()).clock(Clock::manual()),
+    );
+    assert_eq!(migrate(&rig, 0, 2).moved, 2);
+    rig.gpu.injector.fail("copy", 1);
+    let report = rig.process.address_space().migrate(range(0, 2), &pagemap).run();
+    assert_eq!(report.moved, 1);
+    assert_eq!(report.reason(page(1)), Some(StayReason::CopyFailed));
+    assert_eq!(report.stayed.len(), 1, "{report:?}");
+    check(&rig, 2, 80);
+    rig.finish();
 }
 
 #[test]
