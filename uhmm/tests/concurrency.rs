@@ -240,7 +240,7 @@ fn finish(
         threads.into_iter().for_each(|thread| thread.join().expect("no panic"));
         // Whoever was the last user has started the death, if not gone through it.
         drop(mirrors);
-        while world.machine.frames() != 0 {
+        while world.machine.frames() != 0 || world.pagemaps.iter().any(|map| map.used() != 0) {
             thread::yield_now();
         }
     } else {
@@ -304,7 +304,7 @@ fn everything_at_once() {
     use shuttle::{Config, Runner};
 
     /// How many schedules are drawn, of each kind.
-    const SCHEDULES: usize = 3_000;
+    const SCHEDULES: usize = 10_000;
 
     let seed = seed();
     let mut config = Config::new();

@@ -344,6 +344,19 @@ fn x09_eviction_finds_a_page_that_was_moved_to_another_address() {
 }
 
 #[test]
+fn a_page_comes_home_although_its_mapping_allows_nothing_any_more() {
+    let rig = Rig::new(1, 1);
+    rig.fill(1, 60);
+    assert_eq!(migrate(&rig, 0, 1).moved, 1);
+    rig.process.protect(range(0, 1), Access::None);
+    assert_eq!(rig.process.address_space().migrate_home(range(0, 1)).moved, 1);
+    assert_eq!(migrate(&rig, 0, 1).reason(page(0)), Some(StayReason::Denied));
+    rig.process.protect(range(0, 1), Access::Read);
+    check(&rig, 1, 60);
+    rig.finish();
+}
+
+#[test]
 fn eviction_of_a_page_that_two_processes_share_brings_it_home_for_both() {
     let rig = Rig::new(1, 1);
     rig.fill(1, 60);

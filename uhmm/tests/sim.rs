@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use mmu_notifier::Notifier;
 use uhmm::backend::{Committed, Placement, Select, Source};
-use uhmm::policy::Policies;
+use uhmm::policy::{CpuFault, HomePlan, Policies, Policy};
 use uhmm::sim::{Machine, MachineOptions, Mapping, Process, SimError};
 use uhmm::{
     Access, Backend, CopyJob, CopyKind, DeviceFrame, DeviceMemory, DevicePagemap, Event, EventKind,
@@ -348,6 +348,7 @@ fn reclaiming_is_announced_as_clear() {
     end(process);
 }
 
+/// Regression 11.
 #[test]
 fn swapping_in_needs_no_announcement() {
     let process = process();
@@ -620,6 +621,7 @@ fn taking_and_giving_back_exclusive_access_is_announced() {
     end(process);
 }
 
+/// Acceptance B01: the release is heard before the memory goes.
 #[test]
 fn exit_is_announced_as_release() {
     let process = process();
@@ -827,6 +829,7 @@ fn a_pinned_page_stays_in_its_frame_whatever_happens() {
     end(process);
 }
 
+/// Regression 38.
 #[test]
 fn pinning_brings_pages_home() {
     let process = process();
@@ -899,6 +902,7 @@ fn an_untouched_aligned_block_is_isolated_as_one_large_page() {
     end(process);
 }
 
+/// Regression 18.
 #[test]
 fn the_flags_of_a_page_survive_every_move() {
     let process = process();
@@ -1103,6 +1107,7 @@ fn an_isolation_is_put_back_by_a_panic() {
     end(process);
 }
 
+/// Acceptance X09.
 #[test]
 fn a_page_of_the_reverse_map_is_isolated_in_every_address_space() {
     let process = process();
@@ -1150,6 +1155,7 @@ fn pages_that_were_never_touched_move_and_come_home_as_zeroes() {
     end(process);
 }
 
+/// Regressions 22 and 56.
 #[test]
 fn unmapping_frees_device_memory_also_in_the_middle_of_a_large_page() {
     let machine = Machine::new();
@@ -1165,6 +1171,7 @@ fn unmapping_frees_device_memory_also_in_the_middle_of_a_large_page() {
     assert_eq!(pagemap.used(), 0);
 }
 
+/// Regression 46: a store to a shared page on a device.
 #[test]
 fn a_fork_shares_pages_on_a_device() {
     let process = process();
@@ -1200,6 +1207,7 @@ fn a_device_keeps_its_pages_in_its_own_faults() {
     end(process);
 }
 
+/// Acceptance X10, regression 12.
 #[test]
 fn of_many_threads_that_touch_a_device_page_one_brings_it_home() {
     let process = process();
@@ -1214,6 +1222,55 @@ fn of_many_threads_that_touch_a_device_page_one_brings_it_home() {
     end(process);
 }
 
+#[test]
+fn a_large_page_comes_home_whole_also_where_it_cannot_be_split() {
+    /// Brings home the page that was touched, and nothing around it.
+    #[derive(Debug)]
+    struct OnlyThePage;
+    impl Policy for OnlyThePage {
+        fn name(&self) -> &'static str {
+            "only the page"
+        }
+        fn cpu_fault(&self, fault: &CpuFault, plan: &mut HomePlan) {
+            plan.range = fault.page.into();
+        }
+    }
+    let machine = Machine::new();
+    let process = huge_process(&machine);
+    let vram = Arc::new(Vram { capacity: 1024, ..Vram::default() });
+    let policies = Policies::new([Arc::new(OnlyThePage) as Arc<dyn Policy>]);
+    let options = PagemapOptions::new().policies(policies);
+    let pagemap = DevicePagemap::register_with(vram, options);
+    to_device(&process, range(0, 512), &pagemap);
+    machine.injector().fail_always("split");
+    assert_eq!(process.load_u64(address(9)), Ok(10));
+    assert_eq!(pagemap.used(), 0);
+    machine.injector().clear();
+    assert_values(&process, 0..512);
+    end(process);
+}
+
+#[test]
+fn pages_of_other_devices_are_told_from_ones_own() {
+    let process = process();
+    let (_, one) = Vram::register(8);
+    let (_, other) = Vram::register(8);
+    to_device(&process, range(0, 1), &one);
+    to_device(&process, range(1, 1), &other);
+    let taken = |select| {
+        let isolation = backend(&process).isolate(range(0, 4), select);
+        let reasons = isolation.stayed().iter().map(|stayed| stayed.reason);
+        assert!(reasons.eq(isolation.stayed().iter().map(|_| StayReason::Elsewhere)));
+        isolation.pages().iter().map(|page| page.page).collect::<Vec<_>>()
+    };
+    assert_eq!(taken(Select::Device(one.owner())), [page(0)]);
+    assert_eq!(taken(Select::Foreign(one.owner())), [page(1)]);
+    assert_eq!(taken(Select::Foreign(Owner::new())), [page(0), page(1)]);
+    assert_values(&process, 0..4);
+    end(process);
+}
+
+/// Regression 55, CVE-2024-50096.
 #[test]
 fn a_failed_copy_home_loses_nothing() {
     let process = process();
@@ -1258,6 +1315,7 @@ fn an_exclusive_page_is_revoked_by_any_other_use() {
     end(process);
 }
 
+/// Regression 25.
 #[test]
 fn files_and_shared_memory_are_not_held_exclusively_and_large_pages_are_split_for_it() {
     let machine = Machine::new();
@@ -1277,6 +1335,7 @@ fn files_and_shared_memory_are_not_held_exclusively_and_large_pages_are_split_fo
     end(process);
 }
 
+/// Regression 23, CVE-2026-63950.
 #[test]
 fn a_mixed_range_with_an_exclusive_page_is_reclaimed_around_it() {
     let process = process();
@@ -1341,6 +1400,7 @@ fn scenario(process: &Process, pagemap: &Arc<DevicePagemap>) -> Result<(), SimEr
     Ok(())
 }
 
+/// Regression 31.
 #[test]
 fn any_one_step_may_fail_and_nothing_is_lost() {
     let mut failed = 0;
@@ -1492,6 +1552,7 @@ fn mappings_come_and_go_under_isolations_of_other_threads() {
 
 // Misuse.
 
+/// Acceptance B02: what a device must never do does not pass unseen.
 #[test]
 fn a_read_through_a_stale_translation_is_detected() {
     let machine = Machine::with(MachineOptions::new().count_violations());

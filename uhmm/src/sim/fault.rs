@@ -15,9 +15,9 @@ use super::page_table::{Announced, Concern, Entry, Sight, Target};
 use super::state::{Found, Shared, State};
 use super::vma::{Vma, huge_block};
 use crate::address_space::SpaceId;
-use crate::entry::{Access, DeviceLocation, Frame};
+use crate::entry::{Access, Frame};
 use crate::error::FaultError;
-use crate::page::{Order, Page, PageRange};
+use crate::page::{Order, Page};
 use crate::pagemap::DevicePagemap;
 
 /// One simulated address space, as the layer above sees it: its [`Backend`](crate::Backend).
@@ -31,10 +31,10 @@ pub(super) struct Space {
 enum Next {
     /// Nothing: the page can be used.
     Done,
-    /// The page is in transit, on behalf of an isolation of this thread.
+    /// The page is in transit, on behalf of an isolation that this thread began.
     Sleep(u64),
     /// The page is on a device that does not keep it.
-    Home { pagemap: Arc<DevicePagemap>, at: DeviceLocation, order: Order },
+    Home { pagemap: Arc<DevicePagemap>, order: Order },
     /// A device holds the page exclusively.
     Revoke,
     /// The page is one that others share, and a store needs one of its own.
@@ -50,7 +50,6 @@ impl Space {
         keep: Option<Owner>,
         deadline: Option<Instant>,
     ) -> Result<(), FaultError> {
-        let mut came_home = None;
         let mut first = true;
         loop {
             let mut state = self.shared.lock();
@@ -76,14 +75,8 @@ impl Space {
                         return Err(FaultError::TimedOut { page });
                     }
                 }
-                Next::Home { pagemap, at, order } => {
+                Next::Home { pagemap, order } => {
                     drop(state);
-                    // A policy may ask for less than the large page, which then has to be split.
-                    // Here this must not fail.
-                    if came_home == Some(at) && order > Order::PAGE {
-                        self.split_at(page);
-                    }
-                    came_home = Some(at);
                     pagemap.bring_home(self, page, order)?;
                 }
                 Next::Revoke => {
@@ -95,13 +88,6 @@ impl Space {
                     self.copy_on_write(page)?;
                 }
             }
-        }
-    }
-
-    fn split_at(&self, page: Page) {
-        let entry = self.shared.lock().entry(self.id, page).and_then(|(_, entry)| entry.object());
-        if let Some(id) = entry {
-            self.shared.split(id);
         }
     }
 
@@ -181,11 +167,11 @@ impl State {
                 self.fault(space, page, access, keep)
             }
             Location::Device(block) => {
-                let at = block.location();
-                let stays = keep == Some(at.owner) && (access < Access::Write || !shared);
+                let own_device = keep == Some(block.location().owner);
+                let stays = own_device && (access < Access::Write || !shared);
                 if !stays {
                     let pagemap = Arc::clone(block.pagemap());
-                    return Ok(Next::Home { pagemap, at, order: entry.order });
+                    return Ok(Next::Home { pagemap, order: entry.order });
                 }
                 Ok(self.use_entry(space, first, access, false))
             }
@@ -356,118 +342,5 @@ impl Entry {
     pub(super) fn visible(target: Target, order: Order) -> Entry {
         let flags = PageFlags::default();
         Entry { target, sight: Sight::Visible, writable: false, lazy: false, flags, order }
-    }
-}
-
-/// What exclusive access is refused for, and the making of it.
-mod exclusive {
-    use super::*;
-    use crate::error::StayReason;
-
-    impl Space {
-        /// Does what [`Backend::exclusive`](crate::Backend::exclusive) says.
-        pub(in crate::sim) fn take_exclusive(
-            &self,
-            range: PageRange,
-            owner: Owner,
-            deadline: Option<Instant>,
-        ) -> Result<(), FaultError> {
-            let mut rest: Vec<Page> = range.iter().collect();
-            while !rest.is_empty() {
-                for &page in &rest {
-                    if !self.shared.lock().is_held(self.id, page, owner) {
-                        self.fault_page(page, Access::Write, None, deadline)?;
-                    }
-                }
-                rest = self.hold(rest, owner)?;
-                if !rest.is_empty() && deadline.is_some_and(|end| end <= Instant::now()) {
-                    return Err(FaultError::TimedOut { page: rest[0] });
-                }
-            }
-            Ok(())
-        }
-
-        /// Holds those of `pages` that are still as the fault left them, and returns the others.
-        fn hold(&self, pages: Vec<Page>, owner: Owner) -> Result<Vec<Page>, FaultError> {
-            let find = |state: &State| {
-                let mut concern = Concern::default();
-                for &page in &pages {
-                    match state.holdable(self.id, page) {
-                        Ok(Some(Entry { order, target: Target::Object { id, .. }, .. }))
-                            if order > Order::PAGE =>
-                        {
-                            return Found::Split(id);
-                        }
-                        Ok(Some(_)) => concern.add(self.id, page.into()),
-                        Ok(None) | Err(_) => {}
-                    }
-                }
-                Found::Concern(concern)
-            };
-            let kind = EventKind::Exclusive;
-            self.shared.change(kind, Some(owner), find, |state, announced| {
-                let mut rest = Vec::new();
-                for &page in &pages {
-                    if state.is_held(self.id, page, owner) {
-                        continue;
-                    }
-                    match state.holdable(self.id, page) {
-                        Ok(Some(_)) => state.table(self.id).change(page, announced, |entry| {
-                            entry.sight = Sight::Exclusive(owner);
-                        }),
-                        Ok(None) => rest.push(page),
-                        Err(reason) => return Err(FaultError::NotExclusive { page, reason }),
-                    }
-                }
-                Ok(rest)
-            })
-        }
-
-        /// Does what [`Backend::end_exclusive`](crate::Backend::end_exclusive) says.
-        pub(in crate::sim) fn give_back(&self, range: PageRange, owner: Owner) {
-            let held = |state: &State| -> Vec<Page> {
-                let Some(space) = state.space(self.id) else { return Vec::new() };
-                let entries = space.table.overlapping(range);
-                let held = entries.filter(|(_, entry)| entry.holder() == Some(owner));
-                held.map(|(page, _)| page).collect()
-            };
-            let find = |state: &State| {
-                let mut concern = Concern::default();
-                held(state).into_iter().for_each(|page| concern.add(self.id, page.into()));
-                Found::Concern(concern)
-            };
-            self.shared.change(EventKind::Exclusive, None, find, |state, announced| {
-                for page in held(state) {
-                    let table = state.table(self.id);
-                    table.change(page, announced, |entry| entry.sight = Sight::Visible);
-                }
-            });
-        }
-    }
-
-    impl State {
-        fn is_held(&self, space: SpaceId, page: Page, owner: Owner) -> bool {
-            self.entry(space, page).is_some_and(|(_, entry)| entry.holder() == Some(owner))
-        }
-
-        /// Returns the entry at `page` if it can be held, nothing if it is to be faulted in first,
-        /// and the reason if no fault will help.
-        fn holdable(&self, space: SpaceId, page: Page) -> Result<Option<Entry>, StayReason> {
-            let Some((_, &entry)) = self.entry(space, page) else { return Ok(None) };
-            let Target::Object { id, .. } = entry.target else { return Ok(None) };
-            let object = self.object(id);
-            if !object.is_anonymous() {
-                let private = self.vma(space, page).is_some_and(Vma::is_private);
-                return if private { Ok(None) } else { Err(StayReason::FileBacked) };
-            }
-            if self.is_pinned(object) {
-                return Err(StayReason::Pinned);
-            }
-            let usable = entry.sight == Sight::Visible
-                && entry.writable
-                && object.frame().is_some()
-                && !object.is_shared();
-            Ok(usable.then_some(entry))
-        }
     }
 }

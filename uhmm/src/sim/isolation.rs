@@ -179,8 +179,9 @@ impl State {
         let block = first.block(entry.order);
         let pages = block.intersection(rest).expect("the entry maps the page");
         let stay = |reason| Piece { pages, verdict: Verdict::Stay(reason) };
-        if vma.rights == Access::None {
-            return stay(select.unless_here(StayReason::Denied));
+        // To leave a device takes no rights.
+        if vma.rights == Access::None && select == Select::System {
+            return stay(StayReason::Denied);
         }
         let Target::Object { id, .. } = entry.target else {
             return match select {

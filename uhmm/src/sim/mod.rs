@@ -131,6 +131,7 @@
 mod access;
 mod check;
 mod error;
+mod exclusive;
 mod fault;
 mod file;
 mod fork;
