@@ -414,7 +414,7 @@ mod tests {
             let range = |(first, pages)| PageRange::from_pages(Page(first), pages).expect("small");
             let (a, b) = (range(a), range(b));
             let both: Vec<Page> = a.iter().filter(|&page| b.contains(page)).collect();
-            let common = a.intersection(b).map(|range| range.iter().collect()).unwrap_or_default();
+            let common: Vec<Page> = a.intersection(b).map(|range| range.iter().collect()).unwrap_or_default();
             prop_assert_eq!(&both, &common);
             prop_assert_eq!(a.overlaps(b), !both.is_empty());
             prop_assert_eq!(a.covers(b), both.len() == b.len());

@@ -450,7 +450,7 @@ fn all_sequences_with_each_step_failing() {
     for (step, failed) in STEPS.into_iter().zip(failed) {
         // Of some 9000 sequences, each step is in a good part.
         let failed = failed.into_inner();
-        assert!(failed > 500, "`{step}` failed only {failed} times");
+        assert!(failed > 100, "`{step}` failed only {failed} times");
     }
 }
 

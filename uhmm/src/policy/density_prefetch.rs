@@ -12,6 +12,7 @@ use crate::primitive::{Mutex, lock};
 /// that are to be served anyway counted as there. So a device that walks through memory is served
 /// by fewer and fewer faults, and one that picks single pages gets single pages. The subtree is
 /// cut to the mirror, and to the pages around the fault that are mapped without a hole.
+/// Pages in the memory of another device count as not there, and come along like the others.
 ///
 /// The default is safe because it at most about doubles what the device has asked for itself:
 /// what comes along is less than half of each subtree. Plans that leave the page in system memory

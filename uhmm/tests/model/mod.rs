@@ -13,7 +13,7 @@ pub(crate) mod places;
 pub(crate) mod session;
 pub(crate) mod world;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use uhmm::Access;
 use uhmm::operations::{
@@ -58,6 +58,8 @@ pub(crate) struct Model {
     pub(crate) devices: Vec<(DeviceName, u64)>,
     pub(crate) spaces: BTreeMap<SpaceName, Vec<Slot>>,
     shared: Vec<Vec<Words>>,
+    /// The mirrors that were ended: every other device mirrors every space.
+    detached: BTreeSet<(SpaceName, DeviceName)>,
     /// Whether something may have been swapped out: then a page with contents may be nowhere.
     pub(crate) swapped: bool,
     /// Whether equal pages may have been merged: then any page may be shared.
@@ -115,8 +117,19 @@ impl Model {
 
     fn try_perform(&mut self, operation: Operation) -> Result<Answer, Refusal> {
         use Operation::*;
+        if let DeviceRead { device, space, .. }
+        | DeviceWrite { device, space, .. }
+        | DeviceAdd { device, space, .. }
+        | DeviceFault { device, space, .. }
+        | Exclusive { device, space, .. }
+        | Detach { device, space } = operation
+            && !self.is_attached(device, space)
+        {
+            return Err(Refusal::Ended);
+        }
         match operation {
             Spawn { space } => {
+                self.detached.retain(|&(of, _)| of != space);
                 self.spaces.insert(space, vec![Slot::Hole; self.arena as usize]);
             }
             Fork { space, child } => self.fork(space, child)?,
@@ -136,8 +149,10 @@ impl Model {
             Remap { space, pages, to } => self.remap(space, pages, to)?,
             Discard { space, pages } => {
                 for slot in self.slots(space, pages)? {
-                    if let Slot::Mapped { content: Content::Private(words), guarded, .. } = slot {
-                        (*words, *guarded) = (Words::default(), false);
+                    if let Slot::Mapped { access, content, guarded } = slot
+                        && let Content::Private(words) = content
+                    {
+                        (*words, *guarded) = (Words::default(), *access < Access::Write);
                     }
                 }
             }
@@ -167,8 +182,12 @@ impl Model {
             Migrate { space, .. } | Home { space, .. } | Release { space, .. } => {
                 self.space(space)?;
             }
-            Attach { space, .. } | Detach { space, .. } => _ = self.space(space)?,
-            Evict { .. } => {}
+            Attach { device, space } => {
+                self.space(space)?;
+                self.detached.remove(&(space, device));
+            }
+            Detach { device, space } => _ = self.detached.insert((space, device)),
+            Evict { .. } | Fail { .. } | Succeed => {}
             operation => panic!("the model does not know of `{operation}`"),
         }
         Ok(Answer::Done)
@@ -178,6 +197,7 @@ impl Model {
         let slots = self.spaces.get_mut(&space).ok_or(Refusal::Ended)?;
         slots.iter_mut().for_each(|slot| slot.guard(true));
         let copy = slots.clone();
+        self.detached.retain(|&(of, _)| of != child);
         self.spaces.insert(child, copy);
         Ok(())
     }
@@ -190,13 +210,14 @@ impl Model {
         access: Access,
     ) -> Result<(), Refusal> {
         let object = self.shared.len();
+        let guarded = access < Access::Write;
         let content = |index: usize| match memory {
             Memory::Anonymous => Content::Private(Words::default()),
             Memory::Shared => Content::Shared(object, index),
             memory => panic!("the model does not know of `{memory}`"),
         };
         for (index, slot) in self.slots(space, pages)?.iter_mut().enumerate() {
-            *slot = Slot::Mapped { access, content: content(index), guarded: false };
+            *slot = Slot::Mapped { access, content: content(index), guarded };
         }
         if memory == Memory::Shared {
             self.shared.push(vec![Words::default(); pages.count as usize]);
@@ -214,6 +235,8 @@ impl Model {
     /// Checks that a device could have `wanted` at all pages, and notes that it does.
     fn want(&mut self, space: SpaceName, pages: Pages, wanted: Access) -> Result<(), Refusal> {
         let slots = self.slots(space, pages)?;
+        // That there is memory at all is found out first, for all pages.
+        slots.iter().try_for_each(|slot| slot.check(wanted.min(Access::Write)))?;
         slots.iter().try_for_each(|slot| slot.check(wanted))?;
         if wanted >= Access::Write {
             slots.iter_mut().for_each(|slot| slot.guard(false));
@@ -251,6 +274,25 @@ impl Model {
         Ok(old)
     }
 
+    /// Appends what the spaces hold, pages in the order given and values by first appearance.
+    pub(crate) fn fingerprint(&self, pages: &[u64], key: &mut Vec<u8>) {
+        // Zero is like no other value.
+        let mut values = vec![0];
+        for slots in self.spaces.values() {
+            for &page in pages {
+                let slot = slots[page as usize];
+                key.push(u8::from(slot.is_guarded()));
+                for value in self.words(slot) {
+                    let index = values.iter().position(|&known| known == value);
+                    key.push(index.unwrap_or(values.len()) as u8);
+                    if index.is_none() {
+                        values.push(value);
+                    }
+                }
+            }
+        }
+    }
+
     /// Returns the values that a slot shows.
     pub(crate) fn words(&self, slot: Slot) -> Words {
         match slot {
@@ -260,6 +302,10 @@ impl Model {
                 self.shared[object][index]
             }
         }
+    }
+
+    pub(crate) fn is_attached(&self, device: DeviceName, space: SpaceName) -> bool {
+        self.spaces.contains_key(&space) && !self.detached.contains(&(space, device))
     }
 
     pub(crate) fn slot(&self, space: SpaceName, page: u64) -> Slot {

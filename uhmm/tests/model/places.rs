@@ -182,6 +182,8 @@ impl Transition<'_> {
             }
             DeviceFault { device, access, .. } => self.faulted(key, device, access, stays),
             Migrate { device, .. } => self.migrated(key, device, stays),
+            // Under a mapping that allows no access a page may as well stay.
+            Home { .. } if self.is_on_any(stays) && slot.access() == Access::None => stays | SYSTEM,
             Home { .. } if self.is_on_any(stays) => SYSTEM,
             Release { device, .. } if stays == held(device) => SYSTEM,
             Detach { .. } => stays | self.unheld(key),
@@ -239,7 +241,8 @@ impl Transition<'_> {
         }
         let moved = self.migrated(key, device, stays);
         if !self.done {
-            return stays | moved;
+            let tried = if slot == Slot::Hole { HOLE } else { SYSTEM | ZEROES };
+            return stays | moved | tried;
         }
         let in_place = if access == Access::Atomic { held(device) } else { SYSTEM };
         let stuck = self.is_held(stays) || slot.is_shared_memory();
@@ -270,11 +273,11 @@ impl Transition<'_> {
         match self.operation {
             // What is held is given back: no holder may store to a page that is now shared.
             Fork { space, .. } if space == origin.0 => {
-                if self.is_held(stays) {
-                    SYSTEM
-                } else {
-                    stays | self.home_of(stays)
-                }
+                // Of shared memory, only the mapping is copied.
+                let shared = self.model.slot(origin.0, origin.1).is_shared_memory();
+                let none = if shared { EMPTY } else { NO_PLACES };
+                let kept = if self.is_held(stays) { SYSTEM } else { stays | self.home_of(stays) };
+                kept | none
             }
             Evict { device, .. } if stays == on(device) => stays | SYSTEM,
             Migrate { device, .. } | DeviceFault { device, .. }
@@ -284,6 +287,8 @@ impl Transition<'_> {
             }
             Advise { advice: Advice::Merge, .. } => stays | self.unheld(origin),
             Remap { .. } => stays | self.unheld(origin),
+            // Brought back from swap for another space that has it.
+            _ if self.model.swapped && stays == EMPTY => stays | SYSTEM,
             _ => stays,
         }
     }

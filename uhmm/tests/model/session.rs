@@ -2,8 +2,8 @@
 
 use uhmm::Access;
 use uhmm::operations::{
-    Answer, DeviceName, Executor, Obstacle, Operation, OperationFile, Outcome, Refusal, SpaceName,
-    Word,
+    Answer, DeviceName, Executor, Injection, Obstacle, Operation, OperationFile, Outcome, Refusal,
+    SpaceName, Word,
 };
 
 use super::device::Defect;
@@ -16,8 +16,12 @@ pub(crate) struct Session {
     pub(crate) world: World,
     pub(crate) model: Model,
     sight: Sight,
-    /// When a step is to fail: after so many more.
+    /// When a step is to fail, of whatever name: after so many more.
     failing: Option<u64>,
+    /// Which steps are to fail, each when it has been taken so often.
+    pending: Vec<(Injection, u64)>,
+    /// What was done, with the answers: those that were given, and for the last the expected one.
+    log: Vec<(Operation, Answer)>,
 }
 
 /// What a session is about.
@@ -26,15 +30,18 @@ pub(crate) struct Scene<'a> {
     pub(crate) arena: u64,
     pub(crate) devices: &'a [(DeviceName, u64)],
     pub(crate) defect: Defect,
+    /// Whether each device's steps fail on their own, or all steps are one sequence.
+    pub(crate) apart: bool,
 }
 
 impl Session {
     pub(crate) fn new(scene: Scene<'_>) -> Session {
-        let mut world = World::with_defect(scene.defect);
+        let mut world = if scene.apart { World::new() } else { World::with_defect(scene.defect) };
         world.set_arena(scene.arena);
         scene.devices.iter().for_each(|&(name, pages)| world.add_device(name, pages));
         let model = Model::new(scene.arena, scene.devices);
-        Session { world, model, sight: Sight::new(), failing: None }
+        let (pending, log) = (Vec::new(), Vec::new());
+        Session { world, model, sight: Sight::new(), failing: None, pending, log }
     }
 
     /// Makes the step fail that comes after `after` more.
@@ -43,9 +50,9 @@ impl Session {
         self.failing = Some(after);
     }
 
-    /// Returns how many steps that can fail were taken.
-    pub(crate) fn steps(&self) -> u64 {
-        self.world.injector.asked_in_all()
+    /// Returns how many steps of this name were taken.
+    pub(crate) fn steps_of(&self, name: &'static str) -> u64 {
+        self.world.injector.asked(name)
     }
 
     /// Tells whether a failure is still to come.
@@ -55,8 +62,9 @@ impl Session {
 
     /// Does an operation without looking at what it did: for one that is looked at elsewhere.
     pub(crate) fn trust(&mut self, operation: Operation) {
-        let got = operation.perform(&mut self.world);
         let expected = self.model.perform(operation);
+        self.log.push((operation, expected));
+        let got = operation.perform(&mut self.world);
         assert_eq!(got, Ok(expected), "`{operation}` answers differently than before");
     }
 
@@ -70,10 +78,13 @@ impl Session {
         let described = |what: String| format!("`{operation}`: {what}");
         let mut next = self.model.clone();
         let expected = next.perform(operation);
-        let before = self.steps();
+        self.log.push((operation, expected));
+        let before = self.world.injector.asked_in_all();
         let got = operation.perform(&mut self.world);
-        let failed = self.note_failure(self.steps() - before);
-        let done = compare(expected, got, failed).map_err(described)?;
+        let failed = self.note_failures(self.world.injector.asked_in_all() - before);
+        let got = compare(expected, got, failed).map_err(described)?;
+        self.log.last_mut().expect("pushed just now").1 = got;
+        let done = !matches!(got, Answer::Refused(_));
         let after = self.world.look();
         if !failed {
             let (model, before, after) = (&self.model, &self.sight, &after);
@@ -82,8 +93,19 @@ impl Session {
         if done {
             self.model = next;
         }
+        if let Operation::Fail { injection, after } = operation {
+            self.pending.retain(|&(other, _)| other != injection);
+            self.pending.push((injection, self.world.asked(injection) + after));
+        }
         self.sight = after;
         self.check().map_err(described)
+    }
+
+    /// Notes which failures have come, after `steps` steps, and tells whether any has.
+    fn note_failures(&mut self, steps: u64) -> bool {
+        let before = self.pending.len();
+        self.pending.retain(|&(injection, after)| self.world.asked(injection) <= after);
+        self.pending.len() < before || self.note_failure(steps)
     }
 
     fn note_failure(&mut self, steps: u64) -> bool {
@@ -110,7 +132,7 @@ impl Session {
                 self.check_page(space, page, seen)?;
             }
         }
-        self.world.check()
+        self.world.check_against(&self.sight)
     }
 
     fn check_page(&self, space: SpaceName, page: u64, seen: Seen) -> Result<(), String> {
@@ -124,7 +146,7 @@ impl Session {
             let unseen = self.model.swapped || slot.is_shared_memory();
             if got.unwrap_or(if unseen { expected } else { 0 }) != expected {
                 return Err(format!(
-                    "page {page} of {space}, {seen:?}, holds {got:#x?} at {offset:#x} and should \
+                    "page {page} of {space}, {seen:?}, holds {got:x?} at {offset:#x} and should \
                      hold {expected:#x}"
                 ));
             }
@@ -134,9 +156,10 @@ impl Session {
 
     /// Loads everything once more as programs and devices do, ends everything, and checks that
     /// nothing is left. `turn` says who begins.
-    pub(crate) fn finish(mut self, turn: usize) -> Result<(), String> {
-        self.world.injector.clear();
+    pub(crate) fn finish(&mut self, turn: usize) -> Result<(), String> {
+        self.step(Operation::Succeed)?;
         self.failing = None;
+        self.pending.clear();
         let devices: Vec<_> = self.model.devices.iter().map(|&(device, _)| device).collect();
         let spaces: Vec<_> = self.model.spaces.keys().copied().collect();
         for (nth, &space) in spaces.iter().enumerate() {
@@ -144,37 +167,48 @@ impl Session {
                 let who = (turn + nth + page as usize) % (devices.len() + 1);
                 let word = Word { page, offset: OFFSETS[turn % 2] };
                 let load = match devices.get(who) {
-                    Some(&device) => Operation::DeviceRead { device, space, word },
-                    None => Operation::Read { space, word },
+                    Some(&device) if self.model.is_attached(device, space) => {
+                        Operation::DeviceRead { device, space, word }
+                    }
+                    _ => Operation::Read { space, word },
                 };
                 let expected = self.model.perform(load);
+                self.log.push((load, expected));
                 match load.perform(&mut self.world) {
                     Ok(got) if got == expected => {}
                     got => return Err(format!("`{load}`: expected {expected}, got {got:?}")),
                 }
             }
         }
-        self.world.check().map_err(|what| format!("after the last loads: {what}"))?;
+        let sight = self.world.look();
+        self.world.check_against(&sight).map_err(|what| format!("after the last loads: {what}"))?;
         self.world.finish().map_err(|what| format!("at the end: {what}"))
     }
 
-    /// Writes operations down as a file, with the answers that the model gives.
-    pub(crate) fn file(scene: Scene<'_>, operations: &[Operation]) -> OperationFile {
-        let mut model = Model::new(scene.arena, scene.devices);
+    /// Returns what decides how things go on, as far as it can be seen, where pages and devices have
+    /// no names: two sessions with the same are one as far as this test can tell.
+    pub(crate) fn fingerprint(&self, pages: &[Vec<u64>], devices: &[Vec<usize>]) -> Vec<u8> {
+        let orders = pages.iter().flat_map(|pages| devices.iter().map(move |of| (pages, of)));
+        let keys = orders.map(|(pages, devices)| {
+            let mut key = Vec::with_capacity(96);
+            self.world.fingerprint(pages, devices, &mut key);
+            self.model.fingerprint(pages, &mut key);
+            key
+        });
+        keys.min().unwrap_or_default()
+    }
+
+    /// Writes down what was done, as a file, and what is wrong about it.
+    pub(crate) fn report(&self, what: &str) -> String {
         let mut file = OperationFile {
-            name: "minimal.ops".into(),
-            arena: scene.arena,
-            devices: scene.devices.to_vec(),
+            arena: self.model.arena,
+            devices: self.model.devices.clone(),
             ..OperationFile::default()
         };
-        for &operation in operations {
-            let expected = match operation {
-                Operation::Fail { .. } | Operation::Succeed => Answer::Done,
-                operation => model.perform(operation),
-            };
-            file.push(operation, if expected == Answer::Done { vec![] } else { vec![expected] });
+        for &(operation, answer) in &self.log {
+            file.push(operation, if answer == Answer::Done { vec![] } else { vec![answer] });
         }
-        file
+        format!("# {}\n{file}", what.replace('\n', "\n# "))
     }
 
     /// Tells what the mapping of a page allows.
@@ -183,19 +217,16 @@ impl Session {
     }
 }
 
-/// Compares an answer with the expected one, and returns whether the operation was done. One that
-/// met a failure may be refused for it.
-fn compare(expected: Answer, got: Outcome<Answer>, failed: bool) -> Result<bool, String> {
+/// Compares an answer with the expected one, and returns it. An operation that met a failure may be
+/// refused for it.
+fn compare(expected: Answer, got: Outcome<Answer>, failed: bool) -> Result<Answer, String> {
     let got = got.map_err(|obstacle| match obstacle {
         Obstacle::Broken(what) => what,
         obstacle => format!("{obstacle:?}"),
     })?;
     let excuses = [Refusal::OutOfMemory, Refusal::CopyFailed].map(Answer::Refused);
-    if got == expected {
-        Ok(!matches!(got, Answer::Refused(_)))
-    } else if failed && excuses.contains(&got) {
-        Ok(false)
-    } else {
-        Err(format!("expected {expected}, got {got}"))
+    match got == expected || failed && excuses.contains(&got) {
+        true => Ok(got),
+        false => Err(format!("expected {expected}, got {got}")),
     }
 }

@@ -75,7 +75,10 @@ impl World {
     pub(crate) fn with_defect(defect: Defect) -> World {
         let injector = Injector::new();
         World {
-            machine: Machine::with(MachineOptions::new().injector(injector.clone())),
+            // Listed rather than panicked about, so that what is found has its operations with it.
+            machine: Machine::with(
+                MachineOptions::new().injector(injector.clone()).count_violations(),
+            ),
             injector,
             one_injector: true,
             devices: Vec::new(),
@@ -138,22 +141,40 @@ impl World {
         }
     }
 
+    /// Checks what must be true after every operation, of which this is what is seen.
+    pub(crate) fn check_against(&self, sight: &Sight) -> Result<(), String> {
+        self.machine.check()?;
+        self.check_tables()?;
+        self.check_accounts(sight)?;
+        match self.machine.violations().as_slice() {
+            [] => Ok(()),
+            violations => Err(violations.join("; ")),
+        }
+    }
+
     /// Checks that each translation of each device is one that it could be given now.
     fn check_tables(&self) -> Result<(), String> {
         for (name, space) in &self.spaces {
+            let now = space.process.address_space().snapshot(range(Pages::new(0, self.arena)));
             for (device, mirror) in &space.mirrors {
-                let entries = mirror.inspect(|table| table.entries.clone());
-                let entries =
-                    entries.map_err(|released| format!("{device} in {name}: {released}"))?;
-                for (page, entry) in entries {
-                    let now = space.process.address_space().snapshot(page.into())[0];
-                    let allowed = now.access_of(mirror.owner());
-                    if now.residency != entry.residency || allowed < entry.access {
-                        let page = page.number() - Page::containing(BASE).number();
+                let stale = mirror.inspect(|table| {
+                    let stale = |(page, entry): &(&Page, &PageEntry)| {
+                        let now = &now[index_of(**page)];
+                        now.residency != entry.residency
+                            || now.access_of(mirror.owner()) < entry.access
+                    };
+                    table.entries.iter().find(stale).map(|(&page, &entry)| (page, entry))
+                });
+                match stale {
+                    Ok(None) => {}
+                    Ok(Some((page, entry))) => {
+                        let page = index_of(page);
                         return Err(format!(
-                            "{device} still has {entry:?} for page {page} of {name}, which is {now:?}"
+                            "{device} still has {entry:?} for page {page} of {name}, which is {:?}",
+                            now[page]
                         ));
                     }
+                    Err(released) => return Err(format!("{device} in {name}: {released}")),
                 }
             }
         }
@@ -181,6 +202,47 @@ impl World {
         Ok(())
     }
 
+    /// Returns what decides how the world goes on, as far as it can be seen: what each page table and
+    /// each device's table say, with pages and devices in the order given and frames of system memory
+    /// by first appearance.
+    pub(crate) fn fingerprint(&self, pages: &[u64], devices: &[usize], key: &mut Vec<u8>) {
+        let mut frames = Vec::new();
+        let mut renamed = |frame: Frame| {
+            frames.iter().position(|&known| known == frame).unwrap_or_else(|| {
+                frames.push(frame);
+                frames.len() - 1
+            }) as u8
+        };
+        let name_of = |device: DeviceName| {
+            let old = self.devices.iter().position(|gpu| gpu.name == device);
+            devices.iter().position(|&index| Some(index) == old).expect("they are all listed") as u8
+        };
+        for (name, space) in &self.spaces {
+            let entries = space.process.address_space().snapshot(range(Pages::new(0, self.arena)));
+            for &index in pages {
+                let entry = &entries[index as usize];
+                let seen = match self.seen(entry) {
+                    Seen::Hole => [0, 0, 0],
+                    Seen::Empty => [1, 0, 0],
+                    Seen::Zeroes => [2, 0, 0],
+                    Seen::System(frame) => [3, renamed(frame), 0],
+                    Seen::Held(frame, device) => [4, renamed(frame), name_of(device)],
+                    Seen::Device(device, frame) => [5, frame.0 as u8, name_of(device)],
+                };
+                key.extend(seen);
+                key.extend([entry.access as u8, entry.allowed as u8]);
+                for &device in devices {
+                    let mirror = &space.mirrors[&self.devices[device].name];
+                    let access = mirror.inspect(|table| {
+                        table.entries.get(&page(index)).map_or(Access::None, |entry| entry.access)
+                    });
+                    key.push(access.expect("the space lives") as u8);
+                }
+            }
+            key.push(name.to_string().as_bytes()[0]);
+        }
+    }
+
     pub(crate) fn process(&self, space: SpaceName) -> Outcome<&Process> {
         Ok(&self.space(space)?.process)
     }
@@ -195,6 +257,18 @@ impl World {
 
     fn gpu(&self, device: DeviceName) -> &Gpu {
         self.devices.iter().find(|gpu| gpu.name == device).expect("a device of the scene")
+    }
+
+    fn injector_of(&self, injection: Injection) -> &Injector {
+        match injection.device() {
+            Some(device) => &self.gpu(device).injector,
+            None => &self.injector,
+        }
+    }
+
+    /// Returns how often a step was taken.
+    pub(crate) fn asked(&self, injection: Injection) -> u64 {
+        self.injector_of(injection).asked(injection.step())
     }
 
     fn device_of(&self, owner: Owner) -> DeviceName {
@@ -454,11 +528,7 @@ impl Executor for World {
     }
 
     fn fail(&mut self, injection: Injection, after: u64) -> Outcome<()> {
-        let injector = match injection.device() {
-            Some(device) => &self.gpu(device).injector,
-            None => &self.injector,
-        };
-        injector.fail(injection.step(), after);
+        self.injector_of(injection).fail(injection.step(), after);
         Ok(())
     }
 
@@ -469,21 +539,15 @@ impl Executor for World {
     }
 
     fn check(&mut self) -> Result<(), String> {
-        self.machine.check()?;
-        self.check_tables()?;
-        self.check_accounts(&self.look())?;
-        match self.machine.violations().as_slice() {
-            [] => Ok(()),
-            violations => Err(violations.join("\n")),
-        }
+        self.check_against(&self.look())
     }
 
     fn finish(&mut self) -> Result<(), String> {
         let names: Vec<_> = self.spaces.keys().copied().collect();
         for name in names {
             self.exit(name).map_err(|obstacle| format!("exit {name}: {obstacle:?}"))?;
-            self.check()?;
         }
+        self.check()?;
         self.files.clear();
         match self.machine.frames() {
             0 => Ok(()),
@@ -523,6 +587,10 @@ fn page(index: u64) -> Page {
 
 fn range(pages: Pages) -> PageRange {
     PageRange::from_pages(page(pages.first), pages.count).expect("pages of the arena")
+}
+
+fn index_of(page: Page) -> usize {
+    (page.number() - Page::containing(BASE).number()) as usize
 }
 
 fn address(word: Word) -> u64 {
