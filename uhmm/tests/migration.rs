@@ -7,6 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Barrier};
 
 use common::{Gpu, Rig, mirror, page, range, word};
+use uhmm::backend::Select;
 use uhmm::sim::Mapping;
 use uhmm::{
     Access, Clock, DevicePagemap, MigrateReport, PagemapOptions, Residency, StayReason,
@@ -511,4 +512,149 @@ fn x10_a_touch_of_a_page_in_transit_waits_for_its_arrival() {
         assert_eq!(device.join().expect("no panic"), Ok(3));
     });
     rig.finish();
+}
+
+/// Regression 28: a CPU touches a page on the device while it is unmapped, and its memory freed.
+#[test]
+fn a_touch_of_a_page_that_is_being_unmapped_finds_the_page_or_nothing() {
+    let rig = Rig::new(1, 1);
+    let (mut found, mut missed) = (0, 0);
+    // Until both have happened, which one does first is up to the machine.
+    while found < 20 || missed < 20 {
+        rig.process.map(range(0, 1), Mapping::anonymous(Access::Write)).expect("there is room");
+        rig.process.store_u64(word(0), 3).expect("memory is there");
+        assert_eq!(migrate(&rig, 0, 1).moved, 1);
+        let start = Barrier::new(2);
+        std::thread::scope(|scope| {
+            let touch = scope.spawn(|| {
+                start.wait();
+                rig.process.load_u64(word(0))
+            });
+            start.wait();
+            // Now before the touch, now after it.
+            for _ in 0..(found * 97) % 2000 {
+                std::hint::spin_loop();
+            }
+            rig.process.unmap(range(0, 1));
+            match touch.join().expect("no panic") {
+                Ok(value) => {
+                    assert_eq!(value, 3);
+                    found += 1;
+                }
+                Err(_) => missed += 1,
+            }
+        });
+        assert_eq!(rig.pagemap.used(), 0);
+        if found + missed > 100_000 {
+            break;
+        }
+    }
+    rig.finish();
+}
+
+/// Regressions 31, 32, 36, 58: whichever step fails on a range of all kinds of pages, nothing is
+/// lost, and nothing is left behind.
+#[test]
+fn a_mixed_range_survives_a_failure_at_any_step() {
+    let everything = |fail: Option<u64>| -> u64 {
+        let rig = Rig::new(8, 4);
+        rig.fill(6, 40);
+        // Two on the device, two in system memory, one swapped out, one read only, two untouched.
+        assert_eq!(migrate(&rig, 0, 2).moved, 2);
+        rig.process.reclaim(range(4, 1));
+        rig.process.protect(range(5, 1), Access::Read);
+        let before = rig.gpu.injector.asked_in_all();
+        if let Some(step) = fail {
+            rig.gpu.injector.fail_any(step);
+        }
+        let other = Gpu::new(8);
+        let options = PagemapOptions::new().policies(Policies::none()).clock(Clock::manual());
+        let pagemap = DevicePagemap::register_with(other.clone(), options);
+        let space = rig.process.address_space();
+        let report = space.migrate(range(0, 8), &pagemap).run();
+        let stayed: u64 = report.stayed.iter().map(|stayed| stayed.pages.pages()).sum();
+        assert_eq!(report.moved + stayed, 8, "{report:?}");
+        space.migrate(range(0, 8), &rig.pagemap).run();
+        space.migrate_home(range(0, 8));
+        let steps = rig.gpu.injector.asked_in_all() - before;
+        rig.gpu.injector.clear();
+        check(&rig, 6, 40);
+        assert_eq!(rig.process.load_u64(word(7)), Ok(0));
+        rig.finish();
+        assert_eq!(pagemap.used(), 0);
+        steps
+    };
+    let steps = everything(None);
+    assert!(steps > 10, "the scenario has become trivial");
+    for step in 0..steps {
+        everything(Some(step));
+    }
+}
+
+/// Regression 39: a range much larger than what is mapped of it concerns what is mapped, and nobody
+/// else's pages.
+#[test]
+fn a_range_larger_than_the_mapped_part_moves_that_part() {
+    let rig = Rig::new(2, 8);
+    rig.fill(2, 5);
+    rig.process.map(range(100, 1), Mapping::anonymous(Access::Write)).expect("there is room");
+    rig.process.store_u64(word(100), 9).expect("memory is there");
+    let stranger = rig.machine.spawn();
+    stranger.map(range(0, 2), Mapping::anonymous(Access::Write)).expect("there is room");
+    stranger.store_u64(word(0), 77).expect("memory is there");
+    assert_eq!(stranger.address_space().migrate(range(0, 1), &rig.pagemap).run().moved, 1);
+    let report = migrate(&rig, 0, 1 << 16);
+    assert_eq!(report.moved, 3);
+    assert_eq!(report.reason(page(50)), Some(StayReason::Hole));
+    assert_eq!(rig.process.address_space().migrate_home(range(0, 1 << 16)).moved, 3);
+    // The other process's page, at the same address, is where it was.
+    assert_eq!(rig.pagemap.used(), 1);
+    assert_eq!(stranger.load_u64(word(0)), Ok(77));
+    check(&rig, 2, 5);
+    stranger.exit();
+    rig.finish();
+}
+
+/// Regression 62: eviction ends although there is nothing that it could take.
+#[test]
+fn eviction_ends_although_everything_is_in_transit() {
+    let rig = Rig::new(3, 2);
+    rig.fill(3, 5);
+    assert_eq!(migrate(&rig, 0, 2).moved, 2);
+    let backend = rig.process.address_space().backend();
+    let held = backend.isolate(range(0, 2), Select::Device(rig.pagemap.owner()));
+    assert_eq!(held.pages().len(), 2);
+    assert_eq!(rig.pagemap.evict(2), 0);
+    assert_eq!(rig.pagemap.evict_all().map_err(|still| still.pages), Err(2));
+    rig.pagemap.reopen();
+    assert_eq!(migrate(&rig, 2, 1).reason(page(2)), Some(StayReason::OutOfDeviceMemory));
+    drop(held);
+    assert!(rig.on_device(0) && rig.on_device(1));
+    check(&rig, 3, 5);
+    rig.finish();
+}
+
+/// Regressions 41, 62: two full devices that take each other's pages, from two threads.
+#[test]
+fn two_full_devices_exchange_their_pages() {
+    let rig = Rig::new(4, 2);
+    rig.fill(4, 5);
+    let options = PagemapOptions::new().policies(Policies::none()).clock(Clock::manual());
+    let pagemap = DevicePagemap::register_with(Gpu::new(2), options);
+    let space = rig.process.address_space();
+    assert_eq!(migrate(&rig, 0, 2).moved, 2);
+    assert_eq!(space.migrate(range(2, 2), &pagemap).run().moved, 2);
+    std::thread::scope(|scope| {
+        for to in [&rig.pagemap, &pagemap] {
+            scope.spawn(move || {
+                for _ in 0..200 {
+                    space.migrate(range(0, 4), to).run();
+                }
+            });
+        }
+    });
+    rig.machine.check().expect("the machine is whole");
+    check(&rig, 4, 5);
+    rig.finish();
+    assert_eq!(pagemap.used(), 0);
 }
