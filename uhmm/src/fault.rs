@@ -343,6 +343,10 @@ impl<D: Device> MirrorHandle<D> {
         }
         let mut index = 0;
         while let Some(entry) = entries.get(index) {
+            if entry.order == Order::PAGE {
+                index += 1;
+                continue;
+            }
             let page = batch.first().number() + index as u64;
             let (order, pages) = (entry.order, entry.order.pages() as usize);
             let block = &entries[index..];

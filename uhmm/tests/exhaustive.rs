@@ -13,7 +13,6 @@ use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
 
 use model::device::Defect;
 use model::session::{Scene, Session};
@@ -454,45 +453,55 @@ fn all_sequences_with_each_step_failing() {
     }
 }
 
+/// How many runs the longer sequences get, where the environment (`UHMM_EXHAUSTIVE_RUNS`) does not
+/// say. Some 300000 are all sequences of five.
+const RUNS: usize = 45_000;
+
 /// Sequences of five and six operations. Where two lead to the same state, as far as that can be
-/// seen, one of them goes on.
+/// seen, one of them goes on. Where there are more states than there are runs left, those that go on
+/// are evenly spread.
 #[test]
 fn longer_sequences_from_every_state() {
-    let pages: Vec<Vec<u64>> = permutations(&[0, 2, 4]);
-    let devices: Vec<Vec<usize>> = permutations(&[0, 1]);
+    let runs = std::env::var("UHMM_EXHAUSTIVE_RUNS").ok();
+    let mut left = runs.map_or(RUNS, |runs| runs.parse().expect("a number of runs"));
+    let (pages, devices) = (permutations(&[0, 2, 4]), permutations(&[0, 1]));
     let run = Run::new(Start::Written);
     let mut known = BTreeSet::new();
-    let mut edge = vec![Sequence::empty()];
-    let mut sizes = Vec::new();
-    let end = Instant::now() + LONGER;
-    for _ in 1..=6 {
-        let reached = in_parallel(&edge, |sequence| {
-            let mut reached = Vec::new();
-            for made in sequence.next() {
-                if Instant::now() >= end {
-                    break;
-                }
-                let longer = sequence.with(made);
-                let fingerprint = |session: &Session| session.fingerprint(&pages, &devices);
-                let ran = run.run_asking(&longer.moves, fingerprint)?;
-                reached.push((ran.fingerprint, longer));
-            }
-            Ok(reached)
+    let mut states = vec![Sequence::empty()];
+    let mut levels = Vec::new();
+    for length in 1..=6 {
+        let moves = states.iter().map(|state| state.next().len()).sum::<usize>();
+        // The last two lengths share what is left.
+        let share = if length == 5 { left / 2 } else { left };
+        let stride = moves.div_ceil(share.max(1)).max(1);
+        let from: Vec<_> = states.iter().step_by(stride).collect();
+        let reached = in_parallel(&from, |state| {
+            let after = |made| {
+                let longer = state.with(made);
+                let ran =
+                    run.run_asking(&longer.moves, |session| session.fingerprint(&pages, &devices));
+                ran.map(|ran| (ran.fingerprint, longer))
+            };
+            state.next().into_iter().map(after).collect::<Result<Vec<_>, _>>()
         });
         let reached = reached.unwrap_or_else(|what| panic!("\n{what}"));
-        let runs = reached.iter().map(Vec::len).sum::<usize>();
-        edge.clear();
-        for (fingerprint, sequence) in reached.into_iter().flatten() {
-            if known.insert(fingerprint) {
-                edge.push(sequence);
-            }
-        }
-        sizes.push((runs, edge.len()));
-        println!("{sizes:?}");
+        let ran = reached.iter().map(Vec::len).sum::<usize>();
+        let fresh = reached.into_iter().flatten();
+        let fresh = fresh.filter(|(fingerprint, _)| known.insert(fingerprint.clone()));
+        states = fresh.map(|(_, sequence)| sequence).collect();
+        left = left.saturating_sub(ran);
+        levels.push((ran, stride, states.len()));
     }
+    println!("runs, one state in how many, new states, by length: {levels:?}");
+    // Up to four no state is left out, and the last two lengths have been gone into.
+    assert!(levels[..4].iter().all(|&(_, stride, _)| stride == 1), "{levels:?}");
+    assert!(levels[4..].iter().all(|&(ran, _, fresh)| ran > 1000 && fresh > 1000), "{levels:?}");
+    // Different states are told apart, and equal ones are not.
+    assert_eq!(levels[0].0, classes(1));
+    assert!(levels[3].2 * 20 < classes(4) && levels[3].2 > 1000, "{levels:?}");
 }
-const LONGER: Duration = Duration::from_secs(200);
 
+/// Returns all orders of some things.
 fn permutations<T: Copy + PartialEq>(of: &[T]) -> Vec<Vec<T>> {
     if of.is_empty() {
         return vec![Vec::new()];

@@ -955,6 +955,7 @@ fn a_page_that_is_moved_in_transit_arrives_at_its_new_address() {
     let isolation = backend(&process).isolate(range(0, 4), Select::System);
     process.remap(range(0, 2), page(64)).unwrap();
     assert_eq!(entry(&process, 64).residency, Residency::InTransit);
+    assert!(process.flags(page(64)).unwrap().dirty);
     drop(isolation);
     assert_eq!(process.load_u64(address(64)), Ok(1));
     assert_eq!(process.load_u64(address(65)), Ok(2));
@@ -1150,6 +1151,8 @@ fn pages_that_were_never_touched_move_and_come_home_as_zeroes() {
     process.load_u64(address(9)).unwrap();
     to_device(&process, range(8, 2), &pagemap);
     assert_eq!(entry(&process, 8).access, Access::Write);
+    // The device may store to it without a fault, so it counts as stored to.
+    assert!(process.flags(page(8)).unwrap().dirty && process.flags(page(8)).unwrap().soft_dirty);
     assert_eq!(process.load_u64(address(8)), Ok(0));
     assert_eq!(process.load_u64(address(9)), Ok(0));
     end(process);
@@ -1567,6 +1570,16 @@ fn a_read_through_a_stale_translation_is_detected() {
     let violations = machine.violations();
     assert_eq!(violations.len(), 1);
     assert!(violations[0].contains("which is free"), "{violations:?}");
+}
+
+#[test]
+fn the_number_of_a_freed_frame_is_not_given_out_again() {
+    let process = process();
+    let before: Vec<_> = (0..4).map(|number| frame(&process, number)).collect();
+    process.discard(range(0, 4));
+    fill(&process, 4);
+    assert!((0..4).all(|number| !before.contains(&frame(&process, number))));
+    end(process);
 }
 
 #[test]

@@ -182,8 +182,9 @@ impl State {
         }
     }
 
-    /// Uses an entry that can be seen. If it is a store to it, and the entry does not let it through,
-    /// that takes a copy where `copy` says so, and else the entry lets stores through from now on.
+    /// Uses an entry that can be seen. If it is a store to it, and the entry does not let it
+    /// through, that takes a copy where `copy` says so, and else the entry lets stores through from
+    /// now on.
     fn use_entry(&mut self, space: SpaceId, first: Page, access: Access, copy: bool) -> Next {
         let table = self.table(space);
         let (_, entry) = table.find(first).expect("found just now");
@@ -297,7 +298,8 @@ impl State {
         copy.then_some((first, entry))
     }
 
-    /// Puts a page of its own, in `frame`, in the place of what is mapped at `page`. Keeps the flags.
+    /// Puts a page of its own, in `frame`, in the place of what is mapped at `page`. Keeps the
+    /// flags.
     pub(super) fn replace(
         &mut self,
         space: SpaceId,

@@ -48,8 +48,8 @@ impl File {
         self.0.shared.lock().files[&self.0.id].length
     }
 
-    /// Makes the file `pages` pages long. On return nothing beyond is mapped anywhere, not even what
-    /// private mappings had made of it; new pages are zeroes.
+    /// Makes the file `pages` pages long. On return nothing beyond is mapped anywhere, not even
+    /// what private mappings had made of it; new pages are zeroes.
     ///
     /// Announces [`EventKind::Clear`] in every address space that has the pages mapped.
     pub fn truncate(&self, pages: u64) {

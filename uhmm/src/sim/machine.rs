@@ -88,8 +88,8 @@ impl Machine {
     }
 
     /// Merges pages of private memory that have equal contents, in all processes. Returns how many
-    /// pages are no more. Pages that are large, pinned, held, in transit or not in system memory are
-    /// left alone.
+    /// pages are no more. Pages that are large, pinned, held, in transit or not in system memory
+    /// are left alone.
     ///
     /// Announces [`EventKind::Clear`](crate::EventKind::Clear) wherever such a page is mapped.
     #[doc(alias = "KSM")]
@@ -98,9 +98,9 @@ impl Machine {
     }
 
     /// Checks what must hold at every moment (invariant *Whole*): each object is led to by just the
-    /// entries in its reverse map, each frame has one owner and is not leaked, no store goes through
-    /// to a page that is shared privately, what is in transit is hidden, and device blocks are where
-    /// they are said to be.
+    /// entries in its reverse map, each frame has one owner and is not leaked, no store goes
+    /// through to a page that is shared privately, what is in transit is hidden, and device blocks
+    /// are where they are said to be.
     ///
     /// # Errors
     ///

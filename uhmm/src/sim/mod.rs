@@ -10,7 +10,8 @@
 //!   [`Machine::violations`] where [`MachineOptions::count_violations`] says so.
 //! * [`Machine::check`] says whether every page has exactly one copy, every frame one owner, and
 //!   every reverse map is true.
-//! * An [`Injector`] makes allocations (`"frame"`) and splits of large pages (`"split"`) fail.
+//! * An [`Injector`](crate::Injector) makes allocations (`"frame"`) and splits of large pages
+//!   (`"split"`) fail.
 //!
 //! Nothing depends on time or on addresses, so under a deterministic scheduler a run repeats.
 //!
@@ -26,13 +27,13 @@
 //!    end the announcements and begin again: somebody was faster.
 //! 4. End the announcements.
 //!
-//! So whoever holds the lock sees no change half done, and nothing is called under it but drop
-//! handlers of frames and blocks: no device, no policy and no announcement. Announcing in (2) cannot
-//! deadlock with the lock, since nobody who holds it waits for anything. Whoever sleeps until a page
-//! arrives holds neither the lock nor an announcement, and who has the page in transit needs only
-//! the lock to end that; so it always ends. A thread that would sleep for an isolation of its own is
-//! told so ([`FaultError::SelfWait`](crate::FaultError::SelfWait)). An isolation counts as that of
-//! the thread that began it.
+//! So whoever holds the lock sees no change half done, and nobody is called under it: no device, no
+//! policy and no subscriber. Announcing in (2) cannot deadlock with the lock, since it is not held
+//! there and nobody who holds it waits for anything but the locks below it. Whoever sleeps
+//! until a page arrives holds neither the lock nor an announcement, and who has the page in transit
+//! needs only the lock to end that; so it always ends. A thread that would sleep for an isolation
+//! of its own is told so ([`FaultError::SelfWait`](crate::FaultError::SelfWait)). An isolation
+//! counts as that of the thread that began it.
 //!
 //! The order of locks is: announcement, machine, then the accounts of a device's memory (when a
 //! block is split or settled) and system memory, whose lock covers one access. Device memory that

@@ -167,8 +167,8 @@ impl PageTable {
         }
     }
 
-    /// Notes an access, and lets stores through from now on if it is one. The entry must be one that
-    /// this page may be written through: what devices were told of it stays true.
+    /// Notes an access, and lets stores through from now on if it is one. The entry must be one
+    /// that this page may be written through: what devices were told of it stays true.
     pub(super) fn touch(&mut self, page: Page, access: Access) {
         let entry = self.entries.get_mut(&page).expect("only an entry can be touched");
         entry.flags.young = true;

@@ -80,8 +80,8 @@ impl Mapping {
         Mapping { access, huge: false, source }
     }
 
-    /// Chooses whether stores to untouched aligned blocks of 2 MiB make large pages, as far as there
-    /// is room. Files never have large pages.
+    /// Chooses whether stores to untouched aligned blocks of 2 MiB make large pages, as far as
+    /// there is room. Files never have large pages.
     #[must_use]
     pub fn huge(self, huge: bool) -> Mapping {
         Mapping { huge, ..self }
@@ -165,8 +165,8 @@ impl Process {
     ///
     /// # Errors
     ///
-    /// [`SimError::BadDestination`], and [`FaultError::Hole`](crate::FaultError::Hole) where nothing
-    /// is mapped. Nothing was changed.
+    /// [`SimError::BadDestination`], and [`FaultError::Hole`](crate::FaultError::Hole) where
+    /// nothing is mapped. Nothing was changed.
     #[doc(alias = "mremap")]
     pub fn remap(&self, range: PageRange, to: Page) -> Result<(), SimError> {
         self.space.remap(range, to)
@@ -191,24 +191,24 @@ impl Process {
     }
 
     /// Swaps out the private pages of `range` that are in system memory, drops those that
-    /// [`free`](Process::free) allows to, and unmaps file pages. Returns how many private pages left
-    /// system memory. Large pages are split first; pinned and exclusively held pages stay.
+    /// [`free`](Process::free) allows to, and unmaps file pages. Returns how many private pages
+    /// left system memory. Large pages are split first; pinned and exclusively held pages stay.
     ///
     /// Announces [`Clear`](crate::EventKind::Clear), in every address space that shares a page.
     pub fn reclaim(&self, range: PageRange) -> u64 {
         self.space.reclaim(range)
     }
 
-    /// Brings in the pages of `range` that are swapped out, until there is no room. Returns how many
-    /// came.
+    /// Brings in the pages of `range` that are swapped out, until there is no room. Returns how
+    /// many came.
     ///
     /// Announces nothing: nobody can have a translation of such a page.
     pub fn swap_in(&self, range: PageRange) -> u64 {
         self.space.swap_in(range)
     }
 
-    /// Moves the pages of `range` that are in system memory to other frames. Returns how many moved.
-    /// Pinned and exclusively held pages stay, and those for which there is no room.
+    /// Moves the pages of `range` that are in system memory to other frames. Returns how many
+    /// moved. Pinned and exclusively held pages stay, and those for which there is no room.
     ///
     /// Announces [`Clear`](crate::EventKind::Clear), in every address space that shares a page.
     #[doc(alias = "compaction")]

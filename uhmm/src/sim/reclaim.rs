@@ -412,7 +412,6 @@ impl State {
             let table = self.table(space);
             table.change(page, announced, |entry| {
                 entry.target = target;
-                entry.writable = false;
                 entry.lazy = false;
             });
             self.object_mut(kept).mappings.insert((space, page));

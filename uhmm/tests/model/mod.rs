@@ -274,25 +274,6 @@ impl Model {
         Ok(old)
     }
 
-    /// Appends what the spaces hold, pages in the order given and values by first appearance.
-    pub(crate) fn fingerprint(&self, pages: &[u64], key: &mut Vec<u8>) {
-        // Zero is like no other value.
-        let mut values = vec![0];
-        for slots in self.spaces.values() {
-            for &page in pages {
-                let slot = slots[page as usize];
-                key.push(u8::from(slot.is_guarded()));
-                for value in self.words(slot) {
-                    let index = values.iter().position(|&known| known == value);
-                    key.push(index.unwrap_or(values.len()) as u8);
-                    if index.is_none() {
-                        values.push(value);
-                    }
-                }
-            }
-        }
-    }
-
     /// Returns the values that a slot shows.
     pub(crate) fn words(&self, slot: Slot) -> Words {
         match slot {

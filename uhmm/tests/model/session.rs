@@ -8,7 +8,7 @@ use uhmm::operations::{
 
 use super::device::Defect;
 use super::places::Transition;
-use super::world::{Seen, Sight, World};
+use super::world::{Fact, Seen, Sight, World};
 use super::{Model, OFFSETS, Slot};
 
 /// A world and what should be true in it.
@@ -157,13 +157,20 @@ impl Session {
     /// Loads everything once more as programs and devices do, ends everything, and checks that
     /// nothing is left. `turn` says who begins.
     pub(crate) fn finish(&mut self, turn: usize) -> Result<(), String> {
-        self.step(Operation::Succeed)?;
         self.failing = None;
-        self.pending.clear();
+        if self.pending.is_empty() {
+            self.world.injector.clear();
+        } else {
+            self.pending.clear();
+            self.step(Operation::Succeed)?;
+        }
         let devices: Vec<_> = self.model.devices.iter().map(|&(device, _)| device).collect();
         let spaces: Vec<_> = self.model.spaces.keys().copied().collect();
         for (nth, &space) in spaces.iter().enumerate() {
-            for page in 0..self.model.arena {
+            let mapped = (0..self.model.arena)
+                .filter(|&page| self.model.slot(space, page) != Slot::Hole)
+                .collect::<Vec<_>>();
+            for page in mapped {
                 let who = (turn + nth + page as usize) % (devices.len() + 1);
                 let word = Word { page, offset: OFFSETS[turn % 2] };
                 let load = match devices.get(who) {
@@ -186,16 +193,41 @@ impl Session {
     }
 
     /// Returns what decides how things go on, as far as it can be seen, where pages and devices have
-    /// no names: two sessions with the same are one as far as this test can tell.
+    /// no names: two sessions with the same are one as far as this test can tell. `pages` and
+    /// `devices` are all their orders.
     pub(crate) fn fingerprint(&self, pages: &[Vec<u64>], devices: &[Vec<usize>]) -> Vec<u8> {
+        let facts = self.world.facts();
         let orders = pages.iter().flat_map(|pages| devices.iter().map(move |of| (pages, of)));
-        let keys = orders.map(|(pages, devices)| {
-            let mut key = Vec::with_capacity(96);
-            self.world.fingerprint(pages, devices, &mut key);
-            self.model.fingerprint(pages, &mut key);
-            key
-        });
+        let keys = orders.map(|(pages, devices)| self.key(&facts, pages, devices));
         keys.min().unwrap_or_default()
+    }
+
+    /// Writes down facts: pages and devices in the order given, frames of system memory and values by
+    /// first appearance.
+    fn key(&self, facts: &[Vec<Fact>], pages: &[u64], devices: &[usize]) -> Vec<u8> {
+        let mut key = Vec::with_capacity(128);
+        let (mut frames, mut values) = (Vec::new(), vec![0]);
+        let names = devices.iter().map(|&device| self.model.devices[device].0).collect::<Vec<_>>();
+        let name = |device| rank(&mut names.clone(), device);
+        for ((space, slots), facts) in self.model.spaces.iter().zip(facts) {
+            key.push(space.to_string().as_bytes()[0]);
+            for &page in pages {
+                let (slot, fact) = (slots[page as usize], &facts[page as usize]);
+                key.extend(match fact.seen {
+                    Seen::Hole => [0, 0, 0],
+                    Seen::Empty => [1, 0, 0],
+                    Seen::Zeroes => [2, 0, 0],
+                    Seen::System(frame) => [3, rank(&mut frames, frame), 0],
+                    Seen::Held(frame, device) => [4, rank(&mut frames, frame), name(device)],
+                    // By its number: eviction goes by that.
+                    Seen::Device(device, frame) => [5, frame.0 as u8, name(device)],
+                });
+                key.extend([fact.access as u8, slot.access() as u8, u8::from(slot.is_guarded())]);
+                key.extend(devices.iter().map(|&device| fact.by_device[device] as u8));
+                key.extend(self.model.words(slot).map(|value| rank(&mut values, value)));
+            }
+        }
+        key
     }
 
     /// Writes down what was done, as a file, and what is wrong about it.
@@ -215,6 +247,15 @@ impl Session {
     pub(crate) fn access(&self, space: SpaceName, page: u64) -> Access {
         self.model.slot(space, page).access()
     }
+}
+
+/// Returns when `item` first appeared, from 0.
+fn rank<T: PartialEq>(seen: &mut Vec<T>, item: T) -> u8 {
+    let known = seen.iter().position(|known| *known == item);
+    known.unwrap_or_else(|| {
+        seen.push(item);
+        seen.len() - 1
+    }) as u8
 }
 
 /// Compares an answer with the expected one, and returns it. An operation that met a failure may be

@@ -61,6 +61,14 @@ pub(crate) enum Seen {
     Device(DeviceName, DeviceFrame),
 }
 
+/// What there is to see of a page.
+pub(crate) struct Fact {
+    pub(crate) seen: Seen,
+    pub(crate) access: Access,
+    /// What each device may do, in the order of the devices.
+    pub(crate) by_device: Vec<Access>,
+}
+
 /// What is seen of every page of every space.
 pub(crate) type Sight = BTreeMap<SpaceName, Vec<Seen>>;
 
@@ -202,45 +210,31 @@ impl World {
         Ok(())
     }
 
-    /// Returns what decides how the world goes on, as far as it can be seen: what each page table and
-    /// each device's table say, with pages and devices in the order given and frames of system memory
-    /// by first appearance.
-    pub(crate) fn fingerprint(&self, pages: &[u64], devices: &[usize], key: &mut Vec<u8>) {
-        let mut frames = Vec::new();
-        let mut renamed = |frame: Frame| {
-            frames.iter().position(|&known| known == frame).unwrap_or_else(|| {
-                frames.push(frame);
-                frames.len() - 1
-            }) as u8
-        };
-        let name_of = |device: DeviceName| {
-            let old = self.devices.iter().position(|gpu| gpu.name == device);
-            devices.iter().position(|&index| Some(index) == old).expect("they are all listed") as u8
-        };
-        for (name, space) in &self.spaces {
+    /// Returns what there is to see of every page of every space: what the page table says, and what
+    /// each device may do by its own table.
+    pub(crate) fn facts(&self) -> Vec<Vec<Fact>> {
+        let facts = |space: &Space| -> Vec<Fact> {
             let entries = space.process.address_space().snapshot(range(Pages::new(0, self.arena)));
-            for &index in pages {
-                let entry = &entries[index as usize];
-                let seen = match self.seen(entry) {
-                    Seen::Hole => [0, 0, 0],
-                    Seen::Empty => [1, 0, 0],
-                    Seen::Zeroes => [2, 0, 0],
-                    Seen::System(frame) => [3, renamed(frame), 0],
-                    Seen::Held(frame, device) => [4, renamed(frame), name_of(device)],
-                    Seen::Device(device, frame) => [5, frame.0 as u8, name_of(device)],
-                };
-                key.extend(seen);
-                key.extend([entry.access as u8, entry.allowed as u8]);
-                for &device in devices {
-                    let mirror = &space.mirrors[&self.devices[device].name];
-                    let access = mirror.inspect(|table| {
-                        table.entries.get(&page(index)).map_or(Access::None, |entry| entry.access)
-                    });
-                    key.push(access.expect("the space lives") as u8);
-                }
+            let mut facts: Vec<_> = entries
+                .iter()
+                .map(|entry| Fact {
+                    seen: self.seen(entry),
+                    access: entry.access,
+                    by_device: vec![Access::None; self.devices.len()],
+                })
+                .collect();
+            for (device, gpu) in self.devices.iter().enumerate() {
+                let Some(mirror) = space.mirrors.get(&gpu.name) else { continue };
+                let note = mirror.inspect(|table| {
+                    for (&page, entry) in &table.entries {
+                        facts[index_of(page)].by_device[device] = entry.access;
+                    }
+                });
+                note.expect("the space lives");
             }
-            key.push(name.to_string().as_bytes()[0]);
-        }
+            facts
+        };
+        self.spaces.values().map(facts).collect()
     }
 
     pub(crate) fn process(&self, space: SpaceName) -> Outcome<&Process> {
