@@ -17,7 +17,7 @@ use common::{
 };
 use mmu_notifier::{
     DeviceHandle, DeviceRef, Event, EventKind, Notifier, ReadBeginError, Released, Retry,
-    SubscribeError, SubscribeOptions, Subscriptions, TimedOut, VaRange,
+    SubscribeError, SubscribeOptions, Subscriptions, TimedOut, VaRange, in_callback,
 };
 
 /// Lets the address space die on another thread.
@@ -1109,6 +1109,38 @@ fn b08_d08_two_deaths_are_one() {
         second.finish();
         assert_eq!(space.release_deadline(at_once()), Ok(()));
         assert_eq!(log.take(), ["mirror start Release", "mirror release"]);
+        drop(mirror);
+    });
+}
+
+/// Layers above put off what waits, by asking where they are.
+#[test]
+fn a_thread_knows_whether_it_is_in_a_callback() {
+    watched(|| {
+        let (space, log) = (Subscriptions::new(), Log::new());
+        let tell = |place: &'static str| {
+            let log = log.clone();
+            move || {
+                if in_callback() {
+                    log.note(place);
+                }
+            }
+        };
+        let (start, fence, end) = (tell("in a start"), tell("in a fence"), tell("in a release"));
+        let mirror = Recorder::new("mirror", &Log::new())
+            .with_fences()
+            .on_start(move |_| start())
+            .on_fence(move |_| fence())
+            .on_release(end);
+        let mirror = space.subscribe(page(1), mirror).unwrap();
+        assert!(!in_callback());
+        let guard = space.invalidate_range_start(unmap(page(1)));
+        assert!(!in_callback(), "an announcement that is made is no callback");
+        drop(guard);
+        assert_eq!(log.take(), ["in a start", "in a fence"]);
+        space.release();
+        assert!(!in_callback());
+        assert_eq!(log.take(), ["in a start", "in a fence", "in a release"]);
         drop(mirror);
     });
 }

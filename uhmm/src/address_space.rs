@@ -96,7 +96,7 @@ impl AddressSpace {
     /// Looks at the pages of `range` without faulting: entry `i` is page `i`.
     ///
     /// What it says was true at one moment per page. To let a device use it takes a
-    /// [`range_fault`](crate::Mirror::range_fault).
+    /// [`range_fault`](crate::MirrorHandle::range_fault).
     pub fn snapshot(&self, range: PageRange) -> Vec<PageEntry> {
         let mut entries = Vec::with_capacity(range.len());
         self.backend().snapshot(range, &mut entries);

@@ -24,7 +24,7 @@
 //! | `spawn A` | makes an address space with nothing in it, which every device mirrors |
 //! | `fork A B` | copies an address space; every device mirrors the copy |
 //! | `exit B` | ends an address space, with everything in it |
-//! | `map A 0 8 anon rw` | maps pages, in place of what is there: `anon`, `shared`, `file f0 0` or `private f0 0`, the number being the file's first page; for `none`, `r` or `rw` |
+//! | `map A 0 8 anon rw` | maps pages, in place of what is there: `anon`, `huge` (anonymous, in large pages where they fit), `shared`, `file f0 0` or `private f0 0`, the number being the file's first page; for `none`, `r` or `rw` |
 //! | `unmap A 0 8` | takes mappings away |
 //! | `protect A 0 8 r` | changes what mappings allow |
 //! | `remap A 0 2 6` | moves mappings from page 0 on to page 6 on, in place of what is there |
@@ -116,6 +116,8 @@ pub struct Word {
 pub enum Memory {
     /// Private and anonymous.
     Anonymous,
+    /// Private and anonymous, in large pages where they fit. The arena begins at the edge of one.
+    Huge,
     /// Anonymous, and shared with children.
     Shared,
     /// A file's, shared.
@@ -517,6 +519,7 @@ impl fmt::Display for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Memory::Anonymous => write!(f, "anon"),
+            Memory::Huge => write!(f, "huge"),
             Memory::Shared => write!(f, "shared"),
             Memory::File { file, first } => write!(f, "file {file} {first}"),
             Memory::PrivateFile { file, first } => write!(f, "private {file} {first}"),

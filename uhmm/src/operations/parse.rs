@@ -246,11 +246,12 @@ impl<'a> Words<'a> {
 
     fn map(&mut self) -> Parsed<Operation> {
         let (space, pages) = (self.space()?, self.pages()?);
-        let kind = self.next("`anon`, `shared`, `file` or `private`", |word| {
-            ["anon", "shared", "file", "private"].into_iter().find(|&kind| kind == word)
+        let kind = self.next("`anon`, `huge`, `shared`, `file` or `private`", |word| {
+            ["anon", "huge", "shared", "file", "private"].into_iter().find(|&kind| kind == word)
         })?;
         let memory = match kind {
             "anon" => Memory::Anonymous,
+            "huge" => Memory::Huge,
             "shared" => Memory::Shared,
             _ => {
                 let (file, first) = (self.file()?, self.number("a page of the file")?);
