@@ -3,11 +3,13 @@
 
 mod common;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::{MIRRORED, Rig, mirror, options, page, range, until, word};
+use uhmm::policy::{DeviceFault, DevicePlan, Policies, Policy};
 use uhmm::sim::{Machine, MachineOptions, Mapping};
-use uhmm::{Access, Injector, Released};
+use uhmm::{Access, Injector, PagemapOptions, Released};
 use uhmm_devices::gpu::{
     AlreadyServed, FaultReason, KernelFault, ReplayPolicy, RunningKernel, SoftGpu, SoftGpuOptions,
 };
@@ -237,6 +239,42 @@ fn a_full_fault_buffer_makes_contexts_wait() {
     rig.finish();
 }
 
+/// A replay wakes contexts whose faults are still in the buffer, and they report again. What is left
+/// of them keeps nobody from being cancelled.
+#[test]
+fn faults_that_cannot_be_served_do_not_go_round() {
+    for policy in [ReplayPolicy::Block, ReplayPolicy::Batch] {
+        let rig = Rig::new(1, options(8).batch(1).replay(policy));
+        let kernels = [10, 20, 30].map(|hole| rig.load(word(hole)));
+        rig.wait_for_faults(3);
+        let mut fetched = 0;
+        until(|| {
+            fetched += rig.gpu.service_once().fetched;
+            assert!(fetched < 100, "the same faults come again and again");
+            kernels.iter().all(RunningKernel::is_finished)
+        });
+        for (kernel, hole) in kernels.into_iter().zip([10, 20, 30]) {
+            assert_eq!(kernel.join(), fault(FaultReason::Address, word(hole), Access::Read));
+        }
+        rig.finish();
+    }
+}
+
+/// A packet of an access that has ended is dropped.
+#[test]
+fn f65_a_stale_fault_is_not_served() {
+    let rig = Rig::new(1, options(8).batch(1).replay(ReplayPolicy::Batch));
+    rig.gpu.injector().fail("duplicate-fault", 0);
+    let kernel = rig.load(word(0));
+    rig.wait_for_faults(2);
+    assert_eq!(rig.gpu.service_once().fetched, 1);
+    assert_eq!(kernel.join(), Ok(0));
+    assert_eq!(rig.gpu.pending_faults(), 1);
+    assert_eq!(rig.gpu.service_once().fetched, 0);
+    assert_eq!((rig.gpu.pending_faults(), rig.gpu.fault_statistics().stale), (0, 1));
+    rig.finish();
+}
+
 // Replays (F62).
 
 /// Three faults in two blocks of 2 MiB, in batches of two.
@@ -307,23 +345,54 @@ fn d11_a_service_that_is_stopped_leaves_nobody_asleep() {
 
 #[test]
 fn d11_faults_in_the_buffer_are_served_before_a_service_ends() {
-    for _ in 0..20 {
-        let rig = Rig::new(8, options(8).batch(1).replay(ReplayPolicy::Batch));
-        rig.fill(8, 0);
-        let kernels: Vec<_> = (0..8).map(|index| rig.load(word(index))).collect();
-        rig.wait_for_faults(8);
-        drop(rig.gpu.start_service().unwrap());
-        assert_eq!((rig.gpu.pending_faults(), rig.gpu.stalled_contexts()), (0, 0));
-        for (index, kernel) in (0..8).zip(kernels) {
-            match kernel.join() {
-                Ok(value) => assert_eq!(value, index),
-                // Replayed with the first batch, before its turn, and refused when it came again.
-                Err(fault) => assert_eq!(fault.reason, FaultReason::Stopped),
+    for policy in [ReplayPolicy::Once, ReplayPolicy::Batch, ReplayPolicy::BatchFlush] {
+        for _ in 0..20 {
+            let rig = Rig::new(8, options(8).batch(1).fault_buffer(8).replay(policy));
+            rig.fill(8, 0);
+            let kernels: Vec<_> = (0..8).map(|index| rig.load(word(index))).collect();
+            rig.wait_for_faults(8);
+            drop(rig.gpu.start_service().unwrap());
+            assert_eq!((rig.gpu.pending_faults(), rig.gpu.stalled_contexts()), (0, 0));
+            for (index, kernel) in (0..8).zip(kernels) {
+                match kernel.join() {
+                    Ok(value) => assert_eq!(value, index),
+                    // Replayed before its turn, and too late when it came again.
+                    Err(fault) if policy != ReplayPolicy::Once => {
+                        assert_eq!(fault.reason, FaultReason::Stopped);
+                    }
+                    Err(fault) => panic!("{fault}"),
+                }
             }
+            rig.finish();
         }
-        assert_eq!(rig.gpu.fault_statistics().fetched, 8);
-        rig.finish();
     }
+}
+
+/// A policy with a bug.
+#[derive(Debug)]
+struct Panics;
+
+impl Policy for Panics {
+    fn name(&self) -> &'static str {
+        "panics"
+    }
+
+    fn device_fault(&self, _: &DeviceFault<'_>, _: &mut DevicePlan) {
+        panic!("the policy of this test panics");
+    }
+}
+
+#[test]
+fn a_service_that_panics_leaves_nobody_asleep() {
+    let policies = Policies::new([Arc::new(Panics) as Arc<dyn Policy>]);
+    let options = SoftGpuOptions::new().pagemap(PagemapOptions::new().policies(policies));
+    let rig = Rig::new(2, options);
+    let stopped = |index| fault(FaultReason::Stopped, word(index), Access::Read);
+    let service = rig.gpu.start_service().unwrap();
+    assert_eq!(rig.load(word(0)).join(), stopped(0));
+    assert_eq!(rig.load(word(1)).join(), stopped(1));
+    assert_eq!(rig.gpu.violations(), ["the fault service panicked"]);
+    drop(service);
 }
 
 #[test]

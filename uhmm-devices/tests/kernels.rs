@@ -140,7 +140,7 @@ fn two_gpus_on_one_range_lose_no_update() {
         for _ in 0..200 {
             rig.process.fetch_add_u64(word(0), 1).unwrap();
         }
-        kernels.map(|kernel| kernel.join().unwrap());
+        kernels.into_iter().for_each(|kernel| kernel.join().unwrap());
         drop(services);
         assert_eq!(rig.process.load_u64(word(0)).unwrap(), 600);
         let sum: u64 = (0..3).map(|at| rig.process.load_u64(word(1) + 8 * at).unwrap()).sum();

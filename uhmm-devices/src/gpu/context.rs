@@ -11,8 +11,9 @@ use uhmm::{Access, MirrorHandle, PAGE_SIZE, Page, Released};
 use super::SoftGpu;
 use super::fault::{FaultReason, KernelFault};
 use super::fault_buffer::{Outcome, Packet};
-use super::tables::{Leaf, Tables, Target};
+use super::tables::Tables;
 use super::tlb::{Tlb, TlbCell};
+use super::tree::{Leaf, Target};
 use super::view::DeviceMemoryView;
 
 /// A thread of execution of the GPU in one address space, with a TLB of its own.
@@ -33,11 +34,10 @@ pub struct RunningKernel<R> {
 }
 
 /// The faults of one access.
-#[derive(Default)]
 struct Faults {
-    /// Until when it waits, from its first fault on; within, `None` is for ever.
-    deadline: Option<Option<Instant>>,
-    failures: Arc<AtomicU32>,
+    packet: Packet,
+    /// Until when they may take; `None` is for ever.
+    deadline: Option<Instant>,
 }
 
 impl Context {
@@ -133,7 +133,7 @@ impl Context {
         perform: impl FnOnce(Leaf) -> R,
     ) -> Result<R, KernelFault> {
         let page = Page::containing(address);
-        let mut faults = Faults::default();
+        let mut faults = None;
         for _ in 0..=self.gpu.options().max_replays {
             {
                 let mut tlb = lock(&self.cell.tlb);
@@ -141,7 +141,8 @@ impl Context {
                     return Ok(perform(leaf));
                 }
             }
-            if let Outcome::Cancelled(reason) = self.report(page, access, &mut faults) {
+            let faults = faults.get_or_insert_with(|| self.faults(page, access));
+            if let Outcome::Cancelled(reason) = self.report(faults) {
                 return Err(KernelFault { reason, address, access });
             }
         }
@@ -165,25 +166,29 @@ impl Context {
         (walked.leaf.access >= access).then_some(walked.leaf)
     }
 
+    /// Begins the faults of an access.
+    fn faults(&self, page: Page, access: Access) -> Faults {
+        let packet = Packet {
+            ticket: None,
+            handle: self.handle.clone(),
+            tables: Arc::clone(&self.tables),
+            page,
+            access,
+            failures: Arc::new(AtomicU32::new(0)),
+        };
+        Faults { packet, deadline: in_future(self.gpu.options().patience) }
+    }
+
     /// Reports a fault and sleeps until it has an outcome.
-    fn report(&self, page: Page, access: Access, faults: &mut Faults) -> Outcome {
+    fn report(&self, faults: &mut Faults) -> Outcome {
         let injector = self.gpu.injector();
         if injector.fails("overflow") {
             self.gpu.faults().overflow();
             thread::yield_now();
             return Outcome::Replayed;
         }
-        let patience = self.gpu.options().patience;
-        let deadline = *faults.deadline.get_or_insert_with(|| in_future(patience));
-        let packet = Packet {
-            ticket: 0,
-            handle: self.handle.clone(),
-            tables: Arc::clone(&self.tables),
-            page,
-            access,
-            failures: Arc::clone(&faults.failures),
-        };
-        self.gpu.faults().report(packet, injector.fails("duplicate-fault"), deadline)
+        let twice = injector.fails("duplicate-fault");
+        self.gpu.faults().report(&mut faults.packet, twice, faults.deadline)
     }
 }
 

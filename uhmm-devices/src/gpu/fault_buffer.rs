@@ -7,6 +7,16 @@
 //! ([`flush`](FaultBuffer::replay)), and a packet that is reported twice does no harm. What cannot
 //! be served is *cancelled*: the one context wakes, and its access fails.
 //!
+//! # Nobody faults for ever
+//!
+//! A replay wakes contexts whose packets are still in the buffer, and each reports again. If what is
+//! left of them were served like any other, a fault that cannot be served could go round for ever:
+//! the packet at hand is of before the last replay, so there is nobody to cancel, and the replay that
+//! follows makes the next packet one like it. Two things prevent that. A packet is fetched only if
+//! somebody waits for it; and the ticket by which it is cancelled is that of the access, not of the
+//! one fault, so that the access is found also where it has reported again. It may be cancelled
+//! then: what was found out about its page was true after the access began.
+//!
 //! # Nobody sleeps for ever
 //!
 //! A context sleeps only while its ticket has no outcome, and all of this is under one lock. Each
@@ -32,7 +42,8 @@ use super::tables::Tables;
 /// A fault, as the hardware reports it.
 #[derive(Clone)]
 pub(crate) struct Packet {
-    pub(crate) ticket: u64,
+    /// The access it is of: all faults of one access have one ticket.
+    pub(crate) ticket: Option<u64>,
     pub(crate) handle: MirrorHandle<SoftGpu>,
     pub(crate) tables: Arc<Tables>,
     pub(crate) page: Page,
@@ -64,6 +75,8 @@ pub struct FaultStatistics {
     pub duplicates: u64,
     /// Pages that needed no service any more when their turn came.
     pub already_served: u64,
+    /// Faults that were dropped because their access was replayed or has ended since.
+    pub stale: u64,
     /// Faults that were dropped at a replay, to be reported again if need be.
     pub flushed: u64,
     /// Replays.
@@ -112,11 +125,11 @@ impl FaultBuffer {
         }
     }
 
-    /// Reports a fault, whose ticket is given here, and sleeps until it has an outcome. With
-    /// `twice`, the packet goes in twice if there is room.
+    /// Reports a fault and sleeps until it has an outcome. The first fault of an access gets the
+    /// ticket of the access here. With `twice`, the packet goes in twice if there is room.
     pub(crate) fn report(
         &self,
-        mut packet: Packet,
+        packet: &mut Packet,
         twice: bool,
         deadline: Option<Instant>,
     ) -> Outcome {
@@ -138,15 +151,17 @@ impl FaultBuffer {
                 return state.cancelled(FaultReason::Unserved);
             }
         }
-        state.tickets += 1;
-        let ticket = state.tickets;
-        packet.ticket = ticket;
+        let ticket = packet.ticket.unwrap_or_else(|| {
+            state.tickets += 1;
+            state.tickets
+        });
+        packet.ticket = Some(ticket);
         let tables = packet.tables.id();
         state.waiters.insert(ticket, Waiter { tables, outcome: None });
         if twice && state.ring.len() + 1 < self.capacity {
             state.ring.push_back(packet.clone());
         }
-        state.ring.push_back(packet);
+        state.ring.push_back(packet.clone());
         self.reported.notify_all();
         self.sleep(state, ticket, deadline)
     }
@@ -168,7 +183,7 @@ impl FaultBuffer {
             if !in_time {
                 let waiter = state.waiters.remove(&ticket).expect("a waiter removes itself");
                 let given_up = || {
-                    state.ring.retain(|packet| packet.ticket != ticket);
+                    state.ring.retain(|packet| packet.ticket != Some(ticket));
                     state.cancelled(FaultReason::Unserved)
                 };
                 return waiter.outcome.unwrap_or_else(given_up);
@@ -183,13 +198,11 @@ impl FaultBuffer {
         state.statistics.overflows += 1;
     }
 
-    /// Takes out up to `batch` packets, the oldest first.
+    /// Takes out up to `batch` packets that somebody waits for, the oldest first.
     pub(crate) fn fetch(&self, batch: usize) -> Vec<Packet> {
         let mut state = lock(&self.state);
         let fetched = state.take(batch);
-        if !fetched.is_empty() {
-            self.settled.notify_all();
-        }
+        self.settled.notify_all();
         fetched
     }
 
@@ -197,31 +210,34 @@ impl FaultBuffer {
     /// Nothing where it is to end and no packet is left.
     pub(crate) fn fetch_blocking(&self, batch: usize) -> Vec<Packet> {
         let mut state = lock(&self.state);
-        while state.ring.is_empty() && !state.stopping {
+        loop {
+            let fetched = state.take(batch);
+            // Also where all it took were stale: there is room now.
+            self.settled.notify_all();
+            if !fetched.is_empty() || state.stopping {
+                return fetched;
+            }
             (state, _) = wait(&self.reported, state, None);
         }
-        let fetched = state.take(batch);
-        self.settled.notify_all();
-        fetched
     }
 
     /// Wakes every context that sleeps, to try its access again. With `flush`, what is in the buffer
     /// is dropped first: those whose pages were not served will report again.
     pub(crate) fn replay(&self, flush: bool) {
         let mut state = lock(&self.state);
-        if flush {
-            state.statistics.flushed += state.ring.len() as u64;
-            state.ring.clear();
-        }
+        // Dropped when the lock is not held: a packet may be the last to know its address space.
+        let dropped = if flush { std::mem::take(&mut state.ring) } else { VecDeque::new() };
+        state.statistics.flushed += dropped.len() as u64;
         state.statistics.replays += 1;
         for waiter in state.waiters.values_mut() {
             waiter.outcome.get_or_insert(Outcome::Replayed);
         }
         self.settled.notify_all();
+        drop(state);
     }
 
-    /// Makes the accesses of these packets fail, and of no others. Those that were replayed
-    /// meanwhile will be back.
+    /// Makes the accesses of these packets fail, and of no others. One that was replayed meanwhile
+    /// fails if it has reported again; else it will be back.
     pub(crate) fn cancel<'a>(
         &self,
         packets: impl IntoIterator<Item = &'a Packet>,
@@ -230,7 +246,7 @@ impl FaultBuffer {
         let mut state = lock(&self.state);
         let mut cancelled = 0;
         for packet in packets {
-            let waiter = state.waiters.get_mut(&packet.ticket);
+            let waiter = packet.ticket.and_then(|ticket| state.waiters.get_mut(&ticket));
             if let Some(waiter) = waiter.filter(|waiter| waiter.outcome.is_none()) {
                 waiter.outcome = Some(Outcome::Cancelled(reason));
                 cancelled += 1;
@@ -276,14 +292,28 @@ impl FaultBuffer {
         self.settled.notify_all();
     }
 
-    /// Ends the service: who still sleeps is cancelled. Those are contexts whose faults were fetched
-    /// by a service that failed.
-    pub(crate) fn close(&self) {
+    /// Tells whether the service is to end.
+    pub(crate) fn is_stopping(&self) -> bool {
+        lock(&self.state).stopping
+    }
+
+    /// Refuses faults from now on, and cancels those that there are: nobody will serve them.
+    pub(crate) fn abandon(&self) {
         let mut state = lock(&self.state);
-        state.ring.clear();
+        state.closed = true;
+        // Dropped when the lock is not held, as in `replay`.
+        let _dropped = std::mem::take(&mut state.ring);
         state.cancel_all(|_| true, FaultReason::Stopped);
-        (state.stopping, state.serving) = (false, false);
         self.settled.notify_all();
+        drop(state);
+    }
+
+    /// Ends the service: the thread has ended. Who still sleeps is cancelled: those are contexts
+    /// that reported while it stopped, to a buffer that was full.
+    pub(crate) fn close(&self) {
+        self.abandon();
+        let mut state = lock(&self.state);
+        (state.stopping, state.serving) = (false, false);
     }
 
     /// Tells how many faults wait to be fetched.
@@ -328,8 +358,18 @@ impl State {
     }
 
     fn take(&mut self, batch: usize) -> Vec<Packet> {
-        let count = self.ring.len().min(batch);
-        self.statistics.fetched += count as u64;
-        self.ring.drain(..count).collect()
+        let mut fetched = Vec::new();
+        while fetched.len() < batch
+            && let Some(packet) = self.ring.pop_front()
+        {
+            let waiter = packet.ticket.and_then(|ticket| self.waiters.get(&ticket));
+            if waiter.is_some_and(|waiter| waiter.outcome.is_none()) {
+                fetched.push(packet);
+            } else {
+                self.statistics.stale += 1;
+            }
+        }
+        self.statistics.fetched += fetched.len() as u64;
+        fetched
     }
 }

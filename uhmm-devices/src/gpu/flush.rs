@@ -22,8 +22,9 @@ use std::sync::Arc;
 use uhmm::primitive::lock;
 use uhmm::{Fence, PageRange, WouldBlock};
 
-use super::tables::{Chain, Tables, try_lock};
+use super::tables::{Tables, try_lock};
 use super::tlb::TlbCell;
+use super::tree::Chain;
 
 /// Contexts that have yet to forget a range. Over when all have.
 pub struct Flush {

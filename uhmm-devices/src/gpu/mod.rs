@@ -10,10 +10,10 @@
 //! | lock | taken while holding | held for |
 //! | --- | --- | --- |
 //! | the mirror's | whatever the layer above holds | a `map` or an `invalidate`: none of these waits for a context |
-//! | a context's TLB | nothing; or the mirror's and the tables', but then only if it is free | one access of at most a page, with its walk |
+//! | a context's TLB | nothing; or the mirror's and the tables', but then only where it is free | one access of at most a page, with its walk |
 //! | the tables' | the mirror's, or a context's TLB | a walk, or entering or removing a range |
 //! | the fault buffer's | the mirror's | a few instructions |
-//! | a frame's | a context's TLB | one access of at most a page |
+//! | a frame's | a context's TLB, or the tables' | one access of at most a page |
 //! | the allocator's | whatever a backend holds | finding or joining a block |
 //! | that of the list of violations | any | adding one |
 //!
@@ -32,6 +32,7 @@ mod memory;
 mod service;
 mod tables;
 mod tlb;
+mod tree;
 mod view;
 mod violations;
 
@@ -57,12 +58,14 @@ pub use fault_buffer::FaultStatistics;
 pub use flush::Flush;
 pub use memory::{FREED, FRESH, LocalMemory, Stamp};
 pub use service::{AlreadyServed, FaultService, Serviced};
-pub use tables::{NodeCounts, Target, Translation};
+pub use tables::Translation;
+pub use tree::{NodeCounts, Target};
 pub use view::{DeviceMemoryView, Word};
 
 use fault_buffer::FaultBuffer;
 use flush::Promptness;
-use tables::{Leaf, Tables};
+use tables::Tables;
+use tree::Leaf;
 use violations::Violations;
 
 /// A GPU in software. See the [module](self).

@@ -27,9 +27,6 @@ use super::fault::{FaultReason, Verdict};
 use super::fault_buffer::Packet;
 use super::{ReplayPolicy, SoftGpu};
 
-/// How many batches are served before a replay under [`ReplayPolicy::Once`], at most.
-const BATCHES: usize = 64;
-
 /// A thread that serves the faults of a GPU. Its drop stops it.
 ///
 /// From the drop on faults are refused with [`FaultReason::Stopped`], until another service begins
@@ -81,6 +78,7 @@ impl SoftGpu {
     }
 
     fn serve_until_stopped(&self) {
+        let _abandon = AbandonOnPanic(self);
         loop {
             let packets = self.faults().fetch_blocking(self.options().batch);
             if packets.is_empty() {
@@ -94,26 +92,34 @@ impl SoftGpu {
         if packets.is_empty() {
             return;
         }
-        self.serve_batch(packets, done);
-        match self.options().replay {
+        let policy = self.replay_policy();
+        self.serve_batch(packets, policy, done);
+        match policy {
             // Done after each block.
             ReplayPolicy::Block => {}
             ReplayPolicy::Batch => self.faults().replay(false),
             ReplayPolicy::BatchFlush => self.faults().replay(true),
             ReplayPolicy::Once => {
-                for _ in 1..BATCHES {
+                // What the buffer holds at a time, so that new faults cannot put the replay off.
+                for _ in 1..self.options().fault_buffer.div_ceil(self.options().batch) {
                     packets = self.faults().fetch(self.options().batch);
                     if packets.is_empty() {
                         break;
                     }
-                    self.serve_batch(packets, done);
+                    self.serve_batch(packets, policy, done);
                 }
                 self.faults().replay(false);
             }
         }
     }
 
-    fn serve_batch(&self, mut packets: Vec<Packet>, done: &mut Serviced) {
+    /// Returns when to replay. A service that stops serves what is in the buffer before it wakes
+    /// those who would find it closed.
+    fn replay_policy(&self) -> ReplayPolicy {
+        if self.faults().is_stopping() { ReplayPolicy::Once } else { self.options().replay }
+    }
+
+    fn serve_batch(&self, mut packets: Vec<Packet>, policy: ReplayPolicy, done: &mut Serviced) {
         done.fetched += packets.len() as u64;
         packets.sort_by_key(|packet| (packet.tables.id(), packet.page));
         let block =
@@ -122,7 +128,7 @@ impl SoftGpu {
             for same in block.chunk_by(|one, other| one.page == other.page) {
                 self.serve_page(same, done);
             }
-            if self.options().replay == ReplayPolicy::Block {
+            if policy == ReplayPolicy::Block {
                 self.faults().replay(false);
             }
         }
@@ -178,6 +184,19 @@ impl SoftGpu {
     }
 }
 
+/// Where the service panics, contexts are not to sleep until their patience ends.
+struct AbandonOnPanic<'a>(&'a SoftGpu);
+
+impl Drop for AbandonOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            // First, so that whoever is woken finds it.
+            self.0.violation("the fault service panicked".to_owned());
+            self.0.faults().abandon();
+        }
+    }
+}
+
 impl FaultService {
     /// Returns the GPU that is served.
     pub fn gpu(&self) -> &Arc<SoftGpu> {
@@ -188,11 +207,9 @@ impl FaultService {
 impl Drop for FaultService {
     fn drop(&mut self) {
         self.gpu.faults().stop();
-        let ended = self.thread.take().map(thread::JoinHandle::join);
+        // A panic of the thread was reported when it happened.
+        let _ended = self.thread.take().map(thread::JoinHandle::join);
         self.gpu.faults().close();
-        if let Some(Err(_)) = ended {
-            self.gpu.violation("the fault service panicked".to_owned());
-        }
     }
 }
 

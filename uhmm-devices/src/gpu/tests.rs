@@ -11,8 +11,9 @@ use uhmm::{
 
 use super::buddy::{Buddy, FreedTwice};
 use super::memory::{FREED, FRESH, LocalMemory, Stamp};
-use super::tables::{Leaf, NodeCounts, Tables, Target};
+use super::tables::Tables;
 use super::tlb::{Tlb, TlbCell, WalkCache};
+use super::tree::{Leaf, NodeCounts, Target};
 use super::violations::Violations;
 use super::{PageTable, SoftGpu, SoftGpuOptions};
 

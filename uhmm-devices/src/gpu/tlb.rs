@@ -6,7 +6,7 @@
 use uhmm::primitive::Mutex;
 use uhmm::{Order, Page, PageRange};
 
-use super::tables::{Leaf, NodeIndex};
+use super::tree::{Leaf, NodeIndex};
 
 /// How many places an entry may be in.
 const WAYS: usize = 4;
