@@ -215,7 +215,16 @@ impl Shared {
         };
         self.change(EventKind::Clear, None, find, |state, announced| {
             let mut merged = 0;
-            for group in state.alike() {
+            for mut group in state.alike() {
+                // A device that was not told to stop may have made a page alike just now.
+                group.retain(|&id| {
+                    let mut concern = Concern::default();
+                    state.add_mappings(id, &mut concern);
+                    announced.covers_all(concern)
+                });
+                if group.len() < 2 {
+                    continue;
+                }
                 for &id in &group[1..] {
                     state.merge_into(group[0], id, announced);
                     merged += 1;
