@@ -324,7 +324,8 @@ fn kernels_end_when_the_process_exits() {
             for kernel in kernels {
                 assert_eq!(kernel.join().unwrap_err().reason, FaultReason::Gone);
             }
-            assert!(mirror.unregister().is_none(), "the process died");
+            // If a fault was the last user, the death may still be on its way.
+            drop(mirror.unregister());
             drop(service);
             // An operation of the device may have been the last user; then the death ends elsewhere.
             until(|| machine.frames() == 0 && gpu.memory().available() == memory);

@@ -204,7 +204,7 @@ enum Start {
 fn scene(defect: Defect) -> Scene<'static> {
     const ALL: [(DeviceName, u64); 2] = [(DeviceName(0), 2), (DeviceName(1), 2)];
     // The pages are every second one, so that they are all alike: each a mapping for itself.
-    Scene { arena: 2 * u64::from(PAGES), devices: &ALL, defect, apart: false }
+    Scene { arena: 2 * u64::from(PAGES), devices: &ALL, defect, apart: false, places: true }
 }
 
 fn place(page: u8) -> Pages {
@@ -332,7 +332,9 @@ impl Run {
         if let Some(after) = self.fail_after {
             session.fail_after(after);
         }
-        session.look();
+        if self.looking == Looking::Always {
+            session.look();
+        }
         for (index, &made) in moves.iter().enumerate() {
             let operation = operation(session, index, made);
             let last = index + 1 == moves.len();
@@ -454,7 +456,7 @@ fn all_sequences_with_each_step_failing() {
 }
 
 /// How many runs the longer sequences get, where the environment (`UHMM_EXHAUSTIVE_RUNS`) does not
-/// say. Some 300000 are all sequences of five.
+/// say. Some 400000 go into every sequence of five.
 const RUNS: usize = 45_000;
 
 /// Sequences of five and six operations. Where two lead to the same state, as far as that can be

@@ -156,6 +156,7 @@ fn memory() -> impl Strategy<Value = Memory> {
     let file = || (any::<u8>().prop_map(FileName), any::<u64>());
     prop_oneof![
         Just(Memory::Anonymous),
+        Just(Memory::Huge),
         Just(Memory::Shared),
         file().prop_map(|(file, first)| Memory::File { file, first }),
         file().prop_map(|(file, first)| Memory::PrivateFile { file, first }),

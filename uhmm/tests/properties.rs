@@ -15,9 +15,45 @@ use uhmm::operations::{
     Advice, DeviceName, Injection, Memory, Operation, OperationFile, Pages, SpaceName, Word, run,
 };
 
-const ARENA: u64 = 8;
 const SPACES: [SpaceName; 3] = [SpaceName::A, SpaceName::B, SpaceName::C];
-const DEVICES: [(DeviceName, u64); 2] = [(DeviceName(0), 3), (DeviceName(1), 5)];
+
+/// Where sequences take place.
+#[derive(Clone, Copy)]
+struct Stage {
+    scene: Scene<'static>,
+    memory: Memory,
+    /// What the numbers of a draw stand for.
+    pages: [u64; 8],
+    counts: [u64; 4],
+}
+
+/// A few pages, and devices that are soon full.
+const SMALL: Stage = Stage {
+    scene: Scene {
+        arena: 8,
+        devices: &[(DeviceName(0), 3), (DeviceName(1), 5)],
+        defect: Defect::None,
+        apart: true,
+        places: true,
+    },
+    memory: Memory::Anonymous,
+    pages: [0, 1, 2, 3, 4, 5, 6, 7],
+    counts: [1, 2, 3, 4],
+};
+
+/// Two large pages, and devices with room for one and a half and for a part of one. What happens
+/// is at the edges and in the middle.
+const LARGE: Stage = Stage {
+    scene: Scene {
+        arena: 1024,
+        devices: &[(DeviceName(0), 800), (DeviceName(1), 300)],
+        places: false,
+        ..SMALL.scene
+    },
+    memory: Memory::Huge,
+    pages: [0, 1, 255, 511, 512, 513, 900, 1023],
+    counts: [1, 3, 256, 512],
+};
 
 /// What kind of operation comes next. Listed as often as it is to come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,8 +116,8 @@ const KINDS: [(u32, Kind); 24] = [
 struct Draw {
     kind: Kind,
     space: usize,
-    page: u64,
-    count: u64,
+    page: usize,
+    count: usize,
     device: usize,
     other: usize,
 }
@@ -89,7 +125,7 @@ struct Draw {
 fn draw() -> impl Strategy<Value = Draw> {
     let kinds = KINDS.map(|(weight, kind)| (weight, Just(kind).boxed())).to_vec();
     let kind = prop::strategy::Union::new_weighted(kinds);
-    (kind, 0..6_usize, 0..ARENA, 1..5_u64, 0..2_usize, 0..12_usize).prop_map(
+    (kind, 0..6_usize, 0..8_usize, 0..4_usize, 0..2_usize, 0..12_usize).prop_map(
         |(kind, space, page, count, device, other)| Draw {
             kind,
             space,
@@ -115,12 +151,27 @@ fn draws(length: std::ops::Range<usize>) -> impl Strategy<Value = Draws> {
     prop::collection::vec(draw(), length).prop_map(Draws)
 }
 
-fn scene(defect: Defect) -> Scene<'static> {
-    Scene { arena: ARENA, devices: &DEVICES, defect, apart: defect == Defect::None }
+impl Stage {
+    fn with(self, defect: Defect) -> Stage {
+        Stage { scene: Scene { defect, apart: false, ..self.scene }, ..self }
+    }
+
+    fn pages(&self, draw: Draw) -> Pages {
+        let first = self.pages[draw.page];
+        Pages::new(first, self.counts[draw.count].min(self.scene.arena - first))
+    }
+
+    fn word(&self, draw: Draw) -> Word {
+        Word { page: self.pages[draw.page], offset: model::OFFSETS[draw.other % 2] }
+    }
+
+    fn device(&self, draw: Draw) -> DeviceName {
+        self.scene.devices[draw.device].0
+    }
 }
 
 /// Makes an operation of a draw, as things are now; nothing where it would make no sense.
-fn operation(draw: Draw, index: usize, session: &Session) -> Option<Operation> {
+fn operation(stage: &Stage, draw: Draw, index: usize, session: &Session) -> Option<Operation> {
     let alive: Vec<_> = session.model.spaces.keys().copied().collect();
     let fresh = SPACES.into_iter().find(|space| !alive.contains(space));
     if let (Kind::Spawn, Some(space)) = (draw.kind, fresh) {
@@ -135,8 +186,8 @@ fn operation(draw: Draw, index: usize, session: &Session) -> Option<Operation> {
         // Not too soon, or there is nothing to end.
         Kind::Exit if index < 10 => return None,
         Kind::Exit => Operation::Exit { space },
-        kind if is_by_device(kind) => by_device(draw, index, space, session)?,
-        _ => by_system(draw, index, space, session)?,
+        kind if is_by_device(kind) => by_device(stage, draw, index, space, session)?,
+        _ => by_system(stage, draw, index, space, session)?,
     })
 }
 
@@ -157,21 +208,19 @@ fn is_by_device(kind: Kind) -> bool {
     )
 }
 
-fn pages(draw: Draw) -> Pages {
-    Pages::new(draw.page, draw.count.min(ARENA - draw.page))
-}
-
-fn word(draw: Draw) -> Word {
-    Word { page: draw.page, offset: model::OFFSETS[draw.other % 2] }
-}
-
-fn by_system(draw: Draw, index: usize, space: SpaceName, session: &Session) -> Option<Operation> {
-    let (pages, word, value) = (pages(draw), word(draw), 0x100 + index as u64);
-    let (memory, access) = (Memory::Anonymous, Access::Write);
+fn by_system(
+    stage: &Stage,
+    draw: Draw,
+    index: usize,
+    space: SpaceName,
+    session: &Session,
+) -> Option<Operation> {
+    let (pages, word, value) = (stage.pages(draw), stage.word(draw), 0x100 + index as u64);
+    let (memory, access) = (stage.memory, Access::Write);
     Some(match draw.kind {
         Kind::Map => Operation::Map { space, pages, memory, access },
         Kind::MapOther => {
-            let memory = if draw.other % 3 == 0 { memory } else { Memory::Shared };
+            let memory = if draw.other.is_multiple_of(3) { memory } else { Memory::Shared };
             let access = if draw.other % 3 == 1 { access } else { Access::Read };
             Operation::Map { space, pages, memory, access }
         }
@@ -181,11 +230,11 @@ fn by_system(draw: Draw, index: usize, space: SpaceName, session: &Session) -> O
             Operation::Protect { space, pages, access: access[draw.other % 4] }
         }
         Kind::Remap => {
-            let to = (draw.other as u64) % ARENA;
+            let to = stage.pages[draw.other % stage.pages.len()];
             let apart = to + pages.count <= pages.first || pages.first + pages.count <= to;
             let mapped =
                 pages.iter().all(|page| session.model.slot(space, page) != model::Slot::Hole);
-            if !apart || !mapped || to + pages.count > ARENA {
+            if !apart || !mapped || to + pages.count > stage.scene.arena {
                 return None;
             }
             Operation::Remap { space, pages, to }
@@ -199,19 +248,25 @@ fn by_system(draw: Draw, index: usize, space: SpaceName, session: &Session) -> O
     })
 }
 
-fn by_device(draw: Draw, index: usize, space: SpaceName, session: &Session) -> Option<Operation> {
-    let (pages, word, value) = (pages(draw), word(draw), 0x100 + index as u64);
-    let device = DEVICES[draw.device].0;
+fn by_device(
+    stage: &Stage,
+    draw: Draw,
+    index: usize,
+    space: SpaceName,
+    session: &Session,
+) -> Option<Operation> {
+    let (pages, word, value) = (stage.pages(draw), stage.word(draw), 0x100 + index as u64);
+    let device = stage.device(draw);
     Some(match draw.kind {
         Kind::DeviceRead => Operation::DeviceRead { device, space, word },
         Kind::DeviceWrite => Operation::DeviceWrite { device, space, word, value },
         Kind::DeviceAdd => Operation::DeviceAdd { device, space, word, value },
         Kind::DeviceFault => {
             let access = [Access::Read, Access::Write, Access::Atomic][draw.other % 3];
-            Operation::DeviceFault { device, space, page: draw.page, access }
+            Operation::DeviceFault { device, space, page: word.page, access }
         }
         Kind::Migrate => Operation::Migrate { device, space, pages },
-        Kind::Evict => Operation::Evict { device, count: draw.count },
+        Kind::Evict => Operation::Evict { device, count: stage.counts[draw.count] },
         Kind::Exclusive => Operation::Exclusive { device, space, pages },
         Kind::Release => Operation::Release { device, space, pages },
         Kind::Mirror if session.model.is_attached(device, space) => {
@@ -225,20 +280,22 @@ fn by_device(draw: Draw, index: usize, space: SpaceName, session: &Session) -> O
                 2 => Injection::Copy(device),
                 _ => Injection::Clear(device),
             };
-            Operation::Fail { injection, after: draw.count - 1 }
+            Operation::Fail { injection, after: draw.count as u64 }
         }
     })
 }
 
 /// Does what the draws say, and returns the session, and what is wrong.
-fn play(Draws(draws): &Draws, defect: Defect) -> (Session, Result<(), String>) {
-    let mut session = Session::new(scene(defect));
+fn play(Draws(draws): &Draws, stage: &Stage) -> (Session, Result<(), String>) {
+    let mut session = Session::new(stage.scene);
     let played = catch_unwind(AssertUnwindSafe(|| {
         session.step(Operation::Spawn { space: SpaceName::A })?;
-        let (pages, memory, access) = (Pages::new(0, 6), Memory::Anonymous, Access::Write);
+        // Three quarters of the arena, so that there are holes.
+        let pages = Pages::new(0, stage.scene.arena / 4 * 3);
+        let (memory, access) = (stage.memory, Access::Write);
         session.step(Operation::Map { space: SpaceName::A, pages, memory, access })?;
         for (index, &draw) in draws.iter().enumerate() {
-            if let Some(operation) = operation(draw, index, &session) {
+            if let Some(operation) = operation(stage, draw, index, &session) {
                 session.step(operation)?;
             }
         }
@@ -263,7 +320,7 @@ proptest! {
 
     #[test]
     fn any_sequence_does_what_the_model_does(draws in draws(0..60)) {
-        let (session, played) = play(&draws, Defect::None);
+        let (session, played) = play(&draws, &SMALL);
         if let Err(what) = played {
             return Err(TestCaseError::fail(format!("as an operation file:\n{}", session.report(&what))));
         }
@@ -272,7 +329,7 @@ proptest! {
     /// The answers are in the log, so what was played is an operation file that anybody can run.
     #[test]
     fn what_was_played_can_be_run_as_a_file(draws in draws(0..40)) {
-        let (session, played) = play(&draws, Defect::None);
+        let (session, played) = play(&draws, &SMALL);
         if let Err(what) = played {
             return Err(TestCaseError::fail(session.report(&what)));
         }
@@ -283,6 +340,18 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(config(60))]
+
+    #[test]
+    fn any_sequence_on_large_pages_does_what_the_model_does(draws in draws(0..40)) {
+        let (session, played) = play(&draws, &LARGE);
+        if let Err(what) = played {
+            return Err(TestCaseError::fail(session.report(&what)));
+        }
+    }
+}
+
 /// The oracle bites, and what it reports is short enough to read.
 #[test]
 fn what_is_wrong_with_a_device_is_found_and_shrunk() {
@@ -290,7 +359,7 @@ fn what_is_wrong_with_a_device_is_found_and_shrunk() {
         let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
         let mut runner = TestRunner::new_with_rng(config(400), rng);
         let found = runner.run(&draws(0..60), |draws| {
-            let (session, played) = play(&draws, defect);
+            let (session, played) = play(&draws, &SMALL.with(defect));
             played.map_err(|what| TestCaseError::fail(session.report(&what)))
         });
         let Err(TestError::Fail(report, _)) = found else { panic!("{defect:?}: {found:?}") };

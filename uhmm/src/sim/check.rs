@@ -65,7 +65,12 @@ impl State {
         if (index != 0 || entry.order != object.order) && !in_transit {
             return Err(format!("{at} leads to a part of {id:?}, which is not in transit"));
         }
-        if entry.writable && object.is_shared() && vma.is_private() {
+        // The parts of one large page that was taken apart in transit are no sharers of it.
+        let shared = object.mappings.iter().any(|&(other, at)| {
+            let part = self.entry(other, at).map(|(_, entry)| entry.target);
+            (other, at) != (space, page) && part == Some(entry.target)
+        });
+        if entry.writable && shared && vma.is_private() {
             return Err(format!("{at} lets stores through to {id:?}, which others share"));
         }
         if entry.writable && !object.is_anonymous() && vma.is_private() {

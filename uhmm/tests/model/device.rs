@@ -127,6 +127,17 @@ impl TestDevice {
     }
 }
 
+/// Returns what is copied of page `index` of a block.
+fn page_of(kind: CopyKind, index: u64) -> CopyKind {
+    let system = |Frame(first)| Frame(first + index);
+    let device = |DeviceFrame(first)| DeviceFrame(first + index);
+    match kind {
+        CopyKind::In { from, to } => CopyKind::In { from: system(from), to: device(to) },
+        CopyKind::Out { from, to } => CopyKind::Out { from: device(from), to: system(to) },
+        CopyKind::Clear { to } => CopyKind::Clear { to: device(to) },
+    }
+}
+
 fn system_word(
     memory: &dyn SystemMemory,
     frame: Frame,
@@ -180,27 +191,28 @@ impl DeviceMemory for TestDevice {
     }
 
     fn allocate(&self, order: Order) -> Result<DeviceFrame, OutOfDeviceMemory> {
-        // Single pages are all that it has: larger blocks are to be split.
-        if order != Order::PAGE || self.injector.fails("allocate") {
+        if self.injector.fails("allocate") {
             return Err(OutOfDeviceMemory { order });
         }
         let mut memory = lock(&self.memory);
-        let free = memory.iter().position(Option::is_none);
-        let frame = match self.defect {
-            Defect::GivesOutTwice => free.map(|_| 0),
-            _ => free,
+        let pages = order.pages() as usize;
+        let mut blocks = memory.chunks_exact_mut(pages).enumerate();
+        let free = |block: &[Option<Box<Bytes>>]| block.iter().all(Option::is_none);
+        let found = match self.defect {
+            Defect::GivesOutTwice => blocks.next(),
+            _ => blocks.find(|(_, block)| free(block)),
         };
-        let frame = frame.ok_or(OutOfDeviceMemory { order })?;
+        let (index, block) = found.ok_or(OutOfDeviceMemory { order })?;
         // Not zeroes: who forgets to clear a page is to be found out.
-        memory[frame] = Some(Box::new([0xee; PAGE_SIZE]));
-        Ok(DeviceFrame(frame as u64))
+        block.fill_with(|| Some(Box::new([0xee; PAGE_SIZE])));
+        Ok(DeviceFrame((index * pages) as u64))
     }
 
     fn free(&self, frame: DeviceFrame, order: Order) {
-        assert_eq!(order, Order::PAGE, "nothing larger was given out");
-        let page = lock(&self.memory)[frame.0 as usize].take();
-        if self.defect != Defect::GivesOutTwice {
-            assert!(page.is_some(), "{frame:?} is freed twice");
+        let mut memory = lock(&self.memory);
+        for page in &mut memory[frame.0 as usize..][..order.pages() as usize] {
+            let freed = page.take().is_some();
+            assert!(freed || self.defect == Defect::GivesOutTwice, "{frame:?} is freed twice");
         }
     }
 
@@ -208,7 +220,9 @@ impl DeviceMemory for TestDevice {
         for job in jobs {
             let step = if let CopyKind::Clear { .. } = job.kind() { "clear" } else { "copy" };
             if !self.injector.fails(step) {
-                self.do_job(memory, job.kind());
+                (0..job.order().pages()).for_each(|index| {
+                    self.do_job(memory, page_of(job.kind(), index));
+                });
                 job.complete();
             }
         }

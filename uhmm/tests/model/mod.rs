@@ -212,7 +212,7 @@ impl Model {
         let object = self.shared.len();
         let guarded = access < Access::Write;
         let content = |index: usize| match memory {
-            Memory::Anonymous => Content::Private(Words::default()),
+            Memory::Anonymous | Memory::Huge => Content::Private(Words::default()),
             Memory::Shared => Content::Shared(object, index),
             memory => panic!("the model does not know of `{memory}`"),
         };
@@ -235,9 +235,16 @@ impl Model {
     /// Checks that a device could have `wanted` at all pages, and notes that it does.
     fn want(&mut self, space: SpaceName, pages: Pages, wanted: Access) -> Result<(), Refusal> {
         let slots = self.slots(space, pages)?;
-        // That there is memory at all is found out first, for all pages.
-        slots.iter().try_for_each(|slot| slot.check(wanted.min(Access::Write)))?;
-        slots.iter().try_for_each(|slot| slot.check(wanted))?;
+        // Pages are served in blocks of 2 MiB. In each it is found out first whether the mappings
+        // allow it, for all pages.
+        let mut rest = &slots[..];
+        let mut block = (512 - pages.first as usize % 512).min(rest.len());
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(block);
+            now.iter().try_for_each(|slot| slot.check(wanted.min(Access::Write)))?;
+            now.iter().try_for_each(|slot| slot.check(wanted))?;
+            (rest, block) = (later, later.len().min(512));
+        }
         if wanted >= Access::Write {
             slots.iter_mut().for_each(|slot| slot.guard(false));
         }

@@ -156,7 +156,7 @@ impl Transition<'_> {
         match self.operation {
             Spawn { .. } => HOLE,
             Unmap { .. } => HOLE,
-            Map { memory: Memory::Anonymous, .. } => EMPTY,
+            Map { memory: Memory::Anonymous | Memory::Huge, .. } => EMPTY,
             Map { .. } => EMPTY | SYSTEM,
             Discard { .. } if slot == Slot::Hole => HOLE,
             Discard { .. } if !self.done => stays | EMPTY,
@@ -182,8 +182,6 @@ impl Transition<'_> {
             }
             DeviceFault { device, access, .. } => self.faulted(key, device, access, stays),
             Migrate { device, .. } => self.migrated(key, device, stays),
-            // Under a mapping that allows no access a page may as well stay.
-            Home { .. } if self.is_on_any(stays) && slot.access() == Access::None => stays | SYSTEM,
             Home { .. } if self.is_on_any(stays) => SYSTEM,
             Release { device, .. } if stays == held(device) => SYSTEM,
             Detach { .. } => stays | self.unheld(key),
@@ -206,9 +204,7 @@ impl Transition<'_> {
     /// Returns where a page may be that a device has stored to: `else_at`, unless it was there.
     fn written(&self, key: Key, device: DeviceName, stays: Places, else_at: Places) -> Places {
         let in_place = !self.is_shared(key) && !self.model.slot(key.0, key.1).is_guarded();
-        if stays == held(device) {
-            stays
-        } else if stays == on(device) && in_place {
+        if stays == held(device) || stays == on(device) && in_place {
             stays
         } else if stays == on(device) {
             stays | else_at

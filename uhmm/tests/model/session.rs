@@ -20,6 +20,7 @@ pub(crate) struct Session {
     failing: Option<u64>,
     /// Which steps are to fail, each when it has been taken so often.
     pending: Vec<(Injection, u64)>,
+    places: bool,
     /// What was done, with the answers: those that were given, and for the last the expected one.
     log: Vec<(Operation, Answer)>,
 }
@@ -32,6 +33,8 @@ pub(crate) struct Scene<'a> {
     pub(crate) defect: Defect,
     /// Whether each device's steps fail on their own, or all steps are one sequence.
     pub(crate) apart: bool,
+    /// Whether where pages are is compared: not with large pages, which move whole.
+    pub(crate) places: bool,
 }
 
 impl Session {
@@ -41,7 +44,8 @@ impl Session {
         scene.devices.iter().for_each(|&(name, pages)| world.add_device(name, pages));
         let model = Model::new(scene.arena, scene.devices);
         let (pending, log) = (Vec::new(), Vec::new());
-        Session { world, model, sight: Sight::new(), failing: None, pending, log }
+        let places = scene.places;
+        Session { world, model, sight: Sight::new(), failing: None, pending, places, log }
     }
 
     /// Makes the step fail that comes after `after` more.
@@ -86,7 +90,7 @@ impl Session {
         self.log.last_mut().expect("pushed just now").1 = got;
         let done = !matches!(got, Answer::Refused(_));
         let after = self.world.look();
-        if !failed {
+        if !failed && self.places {
             let (model, before, after) = (&self.model, &self.sight, &after);
             Transition { operation, done, model, before, after }.check().map_err(described)?;
         }

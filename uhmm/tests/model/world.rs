@@ -357,6 +357,7 @@ impl Executor for World {
     ) -> Outcome<()> {
         let mapping = match memory {
             Memory::Anonymous => Mapping::anonymous(access),
+            Memory::Huge => Mapping::anonymous(access).huge(true),
             Memory::Shared => Mapping::shared(access),
             Memory::File { file, first } => Mapping::file(&self.files[&file], first, access),
             Memory::PrivateFile { file, first } => {
