@@ -73,6 +73,17 @@ fn a_run_of_pages_is_faulted_in_by_one_call_and_counted_page_by_page() {
     assert_eq!((counted.faulted_pages, counted.exclusive_pages), (6, 2));
 }
 
+#[test]
+fn each_batch_is_counted_once() {
+    let rig = Rig::new(0x400, 0);
+    for index in [0, 0x3ff] {
+        rig.process.store_u64(word(index), 1).expect("memory is there");
+    }
+    rig.mirror.range_fault(&RangeFault::snapshot(range(0, 0x400))).expect("a look");
+    assert_eq!(rig.mirror.mm().statistics().mapped_pages, 2);
+    rig.finish();
+}
+
 // What is told to a device.
 
 fn entry(residency: Residency, access: Access) -> PageEntry {
