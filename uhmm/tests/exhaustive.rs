@@ -457,7 +457,7 @@ fn all_sequences_with_each_step_failing() {
 
 /// How many runs the longer sequences get, where the environment (`UHMM_EXHAUSTIVE_RUNS`) does not
 /// say. Some 400000 go into every sequence of five.
-const RUNS: usize = 45_000;
+const RUNS: usize = 400_000;
 
 /// Sequences of five and six operations. Where two lead to the same state, as far as that can be
 /// seen, one of them goes on. Where there are more states than there are runs left, those that go on
