@@ -31,9 +31,11 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
+use mmu_notifier::Owner;
+
 use crate::address_space::{AddressSpace, SpaceId};
 use crate::backend::{
-    Backend, CannotSplit, Committed, Isolation, Placement, ReverseMap, Select, Source,
+    Backend, CannotSplit, Committed, IsolatedPage, Isolation, Placement, ReverseMap, Select, Source,
 };
 use crate::device::{CopyJob, CopyKind};
 use crate::entry::DeviceLocation;
@@ -149,25 +151,35 @@ impl AddressSpace {
         to: &Arc<DevicePagemap>,
         cause: MigrateCause,
     ) -> Migration<Isolated> {
-        let foreign = self.backend().isolate(range, Select::Foreign(to.owner()));
-        let mut failures = Vec::new();
-        if !foreign.pages().is_empty() {
-            let peers = self.begin(foreign, Destination::System, MigrateCause::PeerFault).run();
-            let failed = |stayed: &Stayed| {
-                !matches!(stayed.reason, StayReason::Elsewhere | StayReason::Hole)
-            };
-            failures = peers.stayed.into_iter().filter(failed).collect();
-        }
+        let mut failures = self.fetch_home(range, to.owner());
         let isolation = self.backend().isolate(range, Select::System);
+        // What could not be had then may have been had now.
+        failures.retain(|failure| {
+            let taken = |page: &IsolatedPage| page.page.block(page.order).overlaps(failure.pages);
+            !isolation.pages().iter().any(taken)
+        });
         let migration = self.begin(isolation, Destination::Device(Arc::clone(to)), cause);
         Migration { failures, ..migration }
+    }
+
+    /// Brings home what is on other devices than that of `owner`, and returns what could not be.
+    fn fetch_home(&self, range: PageRange, owner: Owner) -> Vec<Stayed> {
+        let foreign = self.backend().isolate(range, Select::Foreign(owner));
+        let mut stayed = if foreign.pages().is_empty() {
+            foreign.stayed().to_vec()
+        } else {
+            self.begin(foreign, Destination::System, MigrateCause::PeerFault).run().stayed
+        };
+        let others = [StayReason::Elsewhere, StayReason::Hole];
+        stayed.retain(|stayed| !others.contains(&stayed.reason));
+        stayed
     }
 
     /// Moves the pages of `range` that are on a device of any owner to system memory. The others are
     /// not mentioned in the report.
     pub fn migrate_home(&self, range: PageRange) -> MigrateReport {
         // No device has an owner made just now, so each is foreign to it.
-        let nobody = mmu_notifier::Owner::new();
+        let nobody = Owner::new();
         let isolation = self.backend().isolate(range, Select::Foreign(nobody));
         let mut report = self.begin(isolation, Destination::System, MigrateCause::Request).run();
         let others = [StayReason::Elsewhere, StayReason::Hole];

@@ -86,7 +86,7 @@ counters! {
         cpu_faults,
         /// Blocks that the copy engine failed to copy.
         failed_copies,
-        /// Times that no block could be had although something was evicted.
+        /// Blocks that could not be had, whatever was evicted for them.
         failed_allocations,
         /// Large pages that were split on their way.
         splits,

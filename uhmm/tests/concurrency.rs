@@ -177,6 +177,9 @@ fn forker(process: &Process, random: &mut Random) {
     }
 }
 
+/// What a thread of a round does.
+type Body = Box<dyn FnOnce(&World, &mut Random) + Send>;
+
 /// How a round ends for the devices.
 #[derive(Clone, Copy, PartialEq)]
 enum End {
@@ -197,7 +200,7 @@ fn round(seed: u64) {
     let mirrors = [0, 1].map(|at| mirror(&process, &world.gpus[at], &world.pagemaps[at]));
     let mut threads = Vec::new();
     let mut number = seed;
-    let mut spawn = |f: Box<dyn FnOnce(&World, &mut Random) + Send>| {
+    let mut spawn = |f: Body| {
         let world = Arc::clone(&world);
         number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         let seed = number | 1;

@@ -24,7 +24,7 @@ use uhmm::sim::{Machine, Mapping, SimError};
 use uhmm::{
     Access, AddressSpace, Backend, Clock, Coherence, CopyJob, Death, Device, DeviceBlock,
     DeviceFrame, DeviceLocation, DeviceMemory, DevicePagemap, Event, EventKind, FaultError, Frame,
-    MigrateReport, MirrorHandle, Order, OutOfDeviceMemory, Owner, PageEntry, PageRange,
+    MigrateReport, MirrorHandle, Mm, Order, OutOfDeviceMemory, Owner, PageEntry, PageRange,
     PagemapOptions, RangeFault, Residency, SpaceId, StayReason, Stayed, SystemMemory, WouldBlock,
 };
 
@@ -486,9 +486,35 @@ fn the_end_of_a_mirror_waits_for_its_faults() {
         assert_eq!(worker.join().expect("no panic"), Err(FaultError::Released));
         let unfinished = unfinished.expect("a fault was under way");
         let late = Instant::now() + Duration::from_secs(3600);
-        let table = unfinished.mirror.unregister_deadline(late).ok().expect("nothing is under way");
+        let table = unfinished.mirror.unregister_deadline(late).expect("nothing is under way");
         assert!(table.is_some());
     });
+}
+
+/// Says whether there are users of an address space when it is dropped.
+struct Asked(Mm, mpsc::Sender<bool>);
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        self.1.send(self.0.users().is_some()).expect("the test waits");
+    }
+}
+
+#[test]
+fn d02_a_migration_that_is_given_up_is_a_user_until_its_pages_are_back() {
+    let rig = Rig::new(1, 1);
+    rig.fill(1, 0);
+    let (space, around) = Around::new(&rig, |_, _, _| (), |_, _| Ok(()));
+    let mm = space.mm().clone();
+    let (answer, answers) = mpsc::channel();
+    let asked = Asked(mm.clone(), answer);
+    let committed = Box::new(move || drop(asked));
+    *lock(&around.next) = Some(Next { foreign: false, stayed: Vec::new(), committed });
+    let migration = space.migrate(range(0, 1), &rig.pagemap);
+    drop(space);
+    drop(migration);
+    assert_eq!(answers.recv(), Ok(true));
+    assert!(mm.users().is_none());
 }
 
 /// Does something when a fault is made to wait: an event comes just before.
@@ -1035,6 +1061,33 @@ fn a_large_page_is_not_split_for_want_of_what_can_be_evicted() {
     assert_eq!(migrate(&rig, 0, 0x200).moved, 0x200);
     assert_eq!(rig.pagemap.statistics().splits, 0);
     rig.finish();
+}
+
+#[test]
+fn a_page_that_another_device_does_not_give_up_is_not_called_there_already() {
+    let rig = huge_rig(0x400, plain());
+    let other = other_device(0x200);
+    let space = rig.process.address_space();
+    assert_eq!(space.migrate(range(0, 0x200), &other).run().moved, 0x200);
+    rig.machine.injector().fail_always("split");
+    let report = migrate(&rig, 0, 0x100);
+    rig.machine.injector().clear();
+    assert_eq!(report.moved, 0);
+    assert!(!report.is_complete(), "{report:?}");
+}
+
+#[test]
+fn a_page_that_another_device_gave_up_after_all_has_moved_and_no_more() {
+    let rig = Rig::new(2, 2);
+    rig.fill(2, 0);
+    let other = other_device(2);
+    let (space, around) = Around::new(&rig, |_, _, _| (), |_, _| Ok(()));
+    assert_eq!(space.migrate(range(1, 1), &other).run().moved, 1);
+    let stayed = vec![Stayed { pages: range(0, 1), reason: StayReason::InTransit }];
+    *lock(&around.next) = Some(Next { foreign: true, stayed, committed: Box::new(|| ()) });
+    let report = space.migrate(range(0, 2), &rig.pagemap).run();
+    assert_eq!(report.moved, 2);
+    assert_eq!(report.stayed, []);
 }
 
 // A backend around the simulated one.

@@ -365,7 +365,7 @@ fn x11_a_page_that_is_taken_away_again_and_again_is_a_collision() {
 #[test]
 fn x11_a_fault_that_takes_long_again_costs_nothing_of_the_budget_either() {
     let rig = Rig::new(1, 0);
-    let takes = Duration::from_millis(20);
+    let takes = Duration::from_millis(4);
     let space = colliding(&rig, 0, Lie::Empty, takes);
     let second = space.mirror(&rig.gpu, range(0, 1)).expect("the process lives");
     let request = RangeFault::read(range(0, 1)).budget(takes / 4);
