@@ -1,20 +1,18 @@
 //! The rules of the core that only a wrong backend, policy or moment brings out, one by one.
 #![cfg(not(any(loom, shuttle)))]
 
+mod around;
 mod common;
 
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
+use around::{Around, Next};
 use common::{Gpu, Rig, page, range, word};
-use mmu_notifier::{Notifier, Subscriptions};
+use mmu_notifier::Notifier;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Metadata, Subscriber};
-use uhmm::backend::{
-    CannotSplit, Committed, IsolatedPage, Isolation, OutOfSystemMemory, Placement, ReverseMap,
-    Select,
-};
 use uhmm::policy::{
     Candidate, CpuFault, DeviceFault, DevicePlan, HomePlan, LeastRecentlyUsed, MigrateCause, Moved,
     Policies, Policy, Verdict,
@@ -22,10 +20,10 @@ use uhmm::policy::{
 use uhmm::primitive::lock;
 use uhmm::sim::{Machine, Mapping, SimError};
 use uhmm::{
-    Access, AddressSpace, Backend, Clock, Coherence, CopyJob, Death, Device, DeviceBlock,
-    DeviceFrame, DeviceLocation, DeviceMemory, DevicePagemap, Event, EventKind, FaultError, Frame,
-    MigrateReport, MirrorHandle, Mm, Order, OutOfDeviceMemory, Owner, PageEntry, PageRange,
-    PagemapOptions, RangeFault, Residency, SpaceId, StayReason, Stayed, SystemMemory, WouldBlock,
+    Access, AddressSpace, Clock, CopyJob, Device, DeviceFrame, DeviceLocation, DeviceMemory,
+    DevicePagemap, Event, EventKind, FaultError, Frame, MigrateReport, MirrorHandle, Mm, Order,
+    OutOfDeviceMemory, Owner, PageEntry, PageRange, PagemapOptions, RangeFault, Residency,
+    StayReason, Stayed, SystemMemory, WouldBlock,
 };
 
 // What is asked.
@@ -1088,153 +1086,4 @@ fn a_page_that_another_device_gave_up_after_all_has_moved_and_no_more() {
     let report = space.migrate(range(0, 2), &rig.pagemap).run();
     assert_eq!(report.moved, 2);
     assert_eq!(report.stayed, []);
-}
-
-// A backend around the simulated one.
-
-type Look = dyn Fn(&AddressSpace, PageRange, &mut [PageEntry]) + Send + Sync;
-type Fault = dyn Fn(&AddressSpace, PageRange) -> Result<(), FaultError> + Send + Sync;
-
-/// What is wrong with the next isolation: of pages on foreign devices, or of any others.
-struct Next {
-    foreign: bool,
-    stayed: Vec<Stayed>,
-    committed: Box<dyn FnOnce() + Send>,
-}
-
-struct Around {
-    inner: AddressSpace,
-    look: Box<Look>,
-    fault: Box<Fault>,
-    faults: AtomicU32,
-    next: Mutex<Option<Next>>,
-}
-
-impl Around {
-    /// Makes an address space over the memory of `rig`'s process, in which `look` comes after each
-    /// look at the page tables, and `fault` before each fault.
-    fn new(
-        rig: &Rig,
-        look: impl Fn(&AddressSpace, PageRange, &mut [PageEntry]) + Send + Sync + 'static,
-        fault: impl Fn(&AddressSpace, PageRange) -> Result<(), FaultError> + Send + Sync + 'static,
-    ) -> (AddressSpace, Arc<Around>) {
-        let around = Arc::new(Around {
-            inner: rig.process.address_space().clone(),
-            look: Box::new(look),
-            fault: Box::new(fault),
-            faults: AtomicU32::new(0),
-            next: Mutex::new(None),
-        });
-        (AddressSpace::new(around.clone()), around)
-    }
-}
-
-impl Backend for Around {
-    fn id(&self) -> SpaceId {
-        self.inner.backend().id()
-    }
-
-    fn notifiers(&self) -> &Arc<Subscriptions> {
-        self.inner.backend().notifiers()
-    }
-
-    fn coherence(&self) -> Coherence {
-        self.inner.backend().coherence()
-    }
-
-    fn memory(&self) -> Arc<dyn SystemMemory> {
-        self.inner.backend().memory()
-    }
-
-    fn snapshot(&self, range: PageRange, entries: &mut Vec<PageEntry>) {
-        let start = entries.len();
-        self.inner.backend().snapshot(range, entries);
-        (self.look)(&self.inner, range, &mut entries[start..]);
-    }
-
-    fn fault(
-        &self,
-        range: PageRange,
-        access: Access,
-        keep: Option<Owner>,
-        deadline: Option<Instant>,
-    ) -> Result<(), FaultError> {
-        self.faults.fetch_add(1, SeqCst);
-        (self.fault)(&self.inner, range)?;
-        self.inner.backend().fault(range, access, keep, deadline)
-    }
-
-    fn isolate(&self, range: PageRange, select: Select) -> Box<dyn Isolation> {
-        let inner = self.inner.backend().isolate(range, select);
-        let foreign = matches!(select, Select::Foreign(_));
-        match lock(&self.next).take_if(|next| next.foreign == foreign) {
-            Some(Next { stayed, committed, .. }) => Box::new(Told { inner, stayed, committed }),
-            None => inner,
-        }
-    }
-
-    fn exclusive(
-        &self,
-        range: PageRange,
-        owner: Owner,
-        deadline: Option<Instant>,
-    ) -> Result<(), FaultError> {
-        self.inner.backend().exclusive(range, owner, deadline)
-    }
-
-    fn end_exclusive(&self, range: PageRange, owner: Owner) {
-        self.inner.backend().end_exclusive(range, owner);
-    }
-
-    // The simulated address space ends by itself, with its process.
-    fn exit(&self, _: Death) {}
-}
-
-struct Told {
-    inner: Box<dyn Isolation>,
-    stayed: Vec<Stayed>,
-    committed: Box<dyn FnOnce() + Send>,
-}
-
-impl std::fmt::Debug for Told {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.inner.fmt(f)
-    }
-}
-
-impl Isolation for Told {
-    fn memory(&self) -> Arc<dyn SystemMemory> {
-        self.inner.memory()
-    }
-
-    fn reverse_map(&self) -> Arc<dyn ReverseMap> {
-        self.inner.reverse_map()
-    }
-
-    fn pages(&self) -> &[IsolatedPage] {
-        self.inner.pages()
-    }
-
-    fn block(&self, index: usize) -> Option<&DeviceBlock> {
-        self.inner.block(index)
-    }
-
-    fn stayed(&self) -> &[Stayed] {
-        &self.stayed
-    }
-
-    fn split(&mut self, index: usize) -> Result<(), CannotSplit> {
-        self.inner.split(index)
-    }
-
-    fn allocate_home(&mut self, index: usize) -> Result<Frame, OutOfSystemMemory> {
-        self.inner.allocate_home(index)
-    }
-
-    fn commit(self: Box<Self>, placements: Vec<Placement>) -> Vec<Committed> {
-        let Told { inner, committed, .. } = *self;
-        let result = inner.commit(placements);
-        committed();
-        result
-    }
 }

@@ -1,19 +1,20 @@
 //! Range faults: what is asked, what is entered, what is an error, and when it gives up.
 #![cfg(not(any(loom, shuttle)))]
 
+mod around;
 mod common;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
+use around::Around;
 use common::{Gpu, Rig, mirror, page, range, word};
-use mmu_notifier::{Event, EventKind, Subscriptions};
-use uhmm::backend::{Isolation, Select};
+use mmu_notifier::{Event, EventKind};
 use uhmm::sim::Mapping;
 use uhmm::{
-    Access, AddressSpace, Backend, Coherence, Death, FaultError, Order, Owner, PageEntry,
-    PageRange, PagemapOptions, RangeFault, Residency, SpaceId, SystemMemory,
+    Access, AddressSpace, FaultError, Order, PageEntry, PageRange, PagemapOptions, RangeFault,
+    Residency,
     policy::{CpuFault, DeviceFault, DevicePlan, HomePlan, Policies, Policy},
 };
 
@@ -217,16 +218,6 @@ fn a_thread_that_would_wait_for_its_own_migration_is_told_so() {
 
 // Collisions, made on purpose by a backend around the simulated one.
 
-/// A backend that announces a change, and makes none, whenever it is looked at, `collisions` times;
-/// and that lies.
-struct Colliding {
-    /// The address space whose backend answers.
-    inner: AddressSpace,
-    collisions: AtomicU32,
-    lie: Lie,
-    fault_takes: Duration,
-}
-
 /// What it says of its pages that is not so.
 #[derive(Clone, Copy, PartialEq)]
 enum Lie {
@@ -239,75 +230,28 @@ enum Lie {
     Huge,
 }
 
-impl Backend for Colliding {
-    fn id(&self) -> SpaceId {
-        self.inner.backend().id()
-    }
-
-    fn notifiers(&self) -> &Arc<Subscriptions> {
-        self.inner.backend().notifiers()
-    }
-
-    fn coherence(&self) -> Coherence {
-        self.inner.backend().coherence()
-    }
-
-    fn memory(&self) -> Arc<dyn SystemMemory> {
-        self.inner.backend().memory()
-    }
-
-    fn snapshot(&self, range: PageRange, entries: &mut Vec<PageEntry>) {
-        self.inner.backend().snapshot(range, entries);
-        let left = self.collisions.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
+/// Makes an address space over the memory of `rig`'s process that announces a change, and makes none,
+/// whenever it is looked at, `collisions` times; and that lies.
+fn colliding(rig: &Rig, collisions: u32, lie: Lie, fault_takes: Duration) -> AddressSpace {
+    let left = AtomicU32::new(collisions);
+    let look = move |space: &AddressSpace, range: PageRange, entries: &mut [PageEntry]| {
+        let left = left.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
         if left.is_ok() {
             let event = Event::new(EventKind::Clear, range.va_range());
-            drop(self.notifiers().invalidate_range_start(event));
+            drop(space.backend().notifiers().invalidate_range_start(event));
         }
-        match self.lie {
+        match lie {
             Lie::Empty => entries.iter_mut().for_each(|entry| entry.residency = Residency::Empty),
             Lie::HoleInTheMiddle if left.is_ok() => entries.fill(PageEntry::default()),
             Lie::Huge => entries.iter_mut().skip(1).for_each(|entry| entry.order = Order::HUGE),
             Lie::Nothing | Lie::HoleInTheMiddle => {}
         }
-    }
-
-    fn fault(
-        &self,
-        range: PageRange,
-        access: Access,
-        keep: Option<Owner>,
-        deadline: Option<Instant>,
-    ) -> Result<(), FaultError> {
-        std::thread::sleep(self.fault_takes);
-        self.inner.backend().fault(range, access, keep, deadline)
-    }
-
-    fn isolate(&self, range: PageRange, select: Select) -> Box<dyn Isolation> {
-        self.inner.backend().isolate(range, select)
-    }
-
-    fn exclusive(
-        &self,
-        range: PageRange,
-        owner: Owner,
-        deadline: Option<Instant>,
-    ) -> Result<(), FaultError> {
-        self.inner.backend().exclusive(range, owner, deadline)
-    }
-
-    fn end_exclusive(&self, range: PageRange, owner: Owner) {
-        self.inner.backend().end_exclusive(range, owner);
-    }
-
-    // The simulated address space ends by itself, with its process.
-    fn exit(&self, _: Death) {}
-}
-
-/// Makes an address space that collides, over the memory of `rig`'s process.
-fn colliding(rig: &Rig, collisions: u32, lie: Lie, fault_takes: Duration) -> AddressSpace {
-    let inner = rig.process.address_space().clone();
-    let collisions = AtomicU32::new(collisions);
-    AddressSpace::new(Arc::new(Colliding { inner, collisions, lie, fault_takes }))
+    };
+    let fault = move |_: &AddressSpace, _: PageRange| {
+        std::thread::sleep(fault_takes);
+        Ok(())
+    };
+    Around::new(rig, look, fault).0
 }
 
 #[test]
