@@ -35,7 +35,11 @@ pub use fault::{Handled, RangeFault, RangeFaulted};
 pub use injector::Injector;
 pub use migrate::{Copied, Isolated, MigrateReport, Migration, Step};
 pub use mirror::{Mirror, MirrorHandle, MirrorUnfinished};
-pub use mmu_notifier::{Event, EventKind, Fence, Owner, Released, VaRange, WouldBlock};
+/// The core underneath, for backends, and for those who subscribe to changes without a device.
+pub use mmu_notifier;
+pub use mmu_notifier::{
+    Event, EventKind, Fence, Owner, Released, SubscribeError, UnsubscribeError, VaRange, WouldBlock,
+};
 pub use page::{Order, PAGE_SHIFT, PAGE_SIZE, Page, PageRange, PageRangeError};
 pub use pagemap::{DeviceBlock, DevicePagemap, PagemapOptions, StillResident};
 pub use statistics::{MemoryStatistics, SpaceStatistics};
