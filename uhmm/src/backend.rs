@@ -83,8 +83,11 @@ pub trait Backend: Send + Sync + 'static {
     ///
     /// The reasons: [`Hole`](crate::StayReason::Hole) and
     /// [`Elsewhere`](crate::StayReason::Elsewhere) for what a selection of device pages does not
-    /// find there, [`AlreadyThere`](crate::StayReason::AlreadyThere) or `Elsewhere` for pages on
-    /// devices where pages in system memory are selected, and what stands in the way for all others.
+    /// find there, [`AlreadyThere`](crate::StayReason::AlreadyThere) where pages in system memory are
+    /// selected for those that are in the memory they are to go to, `Elsewhere` for those on other
+    /// devices, and what stands in the way for all others. A page that is mapped several times in
+    /// `range` is taken once: its other places are neither among the pages nor among those that
+    /// stayed.
     ///
     /// A large page that `range` holds whole is taken whole. Of one that reaches out of `range` the
     /// backend takes the part within, splitting it, or nothing, as
@@ -136,7 +139,10 @@ pub trait SystemMemory: Send + Sync + 'static {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Select {
     /// Those in system memory, and places in a mapping that have no page yet.
-    System,
+    System {
+        /// Whose memory they are to go to.
+        to: Owner,
+    },
     /// Those in the device memory of this owner.
     Device(Owner),
     /// Those in the device memory of anybody else than this owner.

@@ -152,7 +152,7 @@ impl AddressSpace {
         cause: MigrateCause,
     ) -> Migration<Isolated> {
         let mut failures = self.fetch_home(range, to.owner());
-        let isolation = self.backend().isolate(range, Select::System);
+        let isolation = self.backend().isolate(range, Select::System { to: to.owner() });
         // What could not be had then may have been had now.
         failures.retain(|failure| {
             let taken = |page: &IsolatedPage| page.page.block(page.order).overlaps(failure.pages);

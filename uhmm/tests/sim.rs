@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -59,6 +59,11 @@ fn huge_process(machine: &Machine) -> Process {
     fill(&process, 512);
     assert_eq!(entry(&process, 0).order, Order::HUGE);
     process
+}
+
+/// What is in system memory, on its way to no device in particular.
+fn system() -> Select {
+    Select::System { to: Owner::new() }
 }
 
 fn backend(process: &Process) -> &dyn Backend {
@@ -591,7 +596,7 @@ fn isolating_is_announced_as_migrate() {
     let process = process();
     let mut isolation = None;
     bracketed(&process, EventKind::Migrate, range(0, 4), || {
-        isolation = Some(backend(&process).isolate(range(0, 4), Select::System));
+        isolation = Some(backend(&process).isolate(range(0, 4), system()));
     });
     assert_eq!(entry(&process, 0).residency, Residency::InTransit);
     unannounced(&process, || drop(isolation));
@@ -609,11 +614,11 @@ fn taking_and_giving_back_exclusive_access_is_announced() {
     assert_eq!(taken.owner(), Some(owner));
     assert_eq!(entry(&process, 0).access, Access::Atomic);
     // A CPU's touch: its announcement has no owner, so that the holder hears of it.
-    let revoked = bracketed(&process, EventKind::Exclusive, range(0, 1), || {
+    let revoked = bracketed(&process, EventKind::Clear, range(0, 1), || {
         process.load_u64(address(0)).unwrap();
     });
     assert_eq!(revoked.owner(), None);
-    let ended = bracketed(&process, EventKind::Exclusive, range(1, 1), || {
+    let ended = bracketed(&process, EventKind::Clear, range(1, 1), || {
         backend(&process).end_exclusive(range(0, 2), owner);
     });
     assert_eq!(ended.owner(), None);
@@ -647,7 +652,7 @@ fn a_change_of_a_page_that_others_share_is_announced_to_them() {
     });
     assert_values(&child, 0..4);
     bracketed(&child, EventKind::Migrate, range(0, 4), || {
-        drop(backend(&process).isolate(range(0, 4), Select::System));
+        drop(backend(&process).isolate(range(0, 4), system()));
     });
     drop(child);
     end(process);
@@ -810,7 +815,7 @@ fn a_pinned_page_stays_in_its_frame_whatever_happens() {
     let frames = pin.frames().to_vec();
     assert_eq!(process.reclaim(range(0, 4)), 2);
     assert_eq!(process.relocate(range(0, 4)), 0);
-    let isolation = backend(&process).isolate(range(0, 2), Select::System);
+    let isolation = backend(&process).isolate(range(0, 2), system());
     assert!(isolation.pages().is_empty());
     assert_eq!(isolation.stayed()[0].reason, StayReason::Pinned);
     drop(isolation);
@@ -847,7 +852,7 @@ fn pinning_brings_pages_home() {
 #[test]
 fn a_page_that_is_not_committed_goes_back() {
     let process = process();
-    drop(backend(&process).isolate(range(0, 16), Select::System));
+    drop(backend(&process).isolate(range(0, 16), system()));
     assert_values(&process, 0..4);
     assert_eq!(entry(&process, 8).residency, Residency::Empty);
     end(process);
@@ -865,9 +870,10 @@ fn what_cannot_be_isolated_is_listed_with_the_reason() {
     let pin = process.pin(range(2, 1)).unwrap();
     let (_, pagemap) = Vram::register(4);
     to_device(&process, range(6, 1), &pagemap);
-    let other = backend(&process).isolate(range(3, 1), Select::System);
+    let other = backend(&process).isolate(range(3, 1), system());
     process.load_u64(address(8)).unwrap();
-    let isolation = backend(&process).isolate(range(0, 20), Select::System);
+    let select = Select::System { to: pagemap.owner() };
+    let isolation = backend(&process).isolate(range(0, 20), select);
     let stayed: Vec<_> =
         isolation.stayed().iter().map(|stayed| (stayed.pages, stayed.reason)).collect();
     let expected = [
@@ -893,7 +899,7 @@ fn an_untouched_aligned_block_is_isolated_as_one_large_page() {
     let machine = Machine::new();
     let process = machine.spawn();
     process.map(range(0, 1024), Mapping::anonymous(Access::Write).huge(true)).unwrap();
-    let isolation = backend(&process).isolate(range(0, 514), Select::System);
+    let isolation = backend(&process).isolate(range(0, 514), system());
     let orders: Vec<_> = isolation.pages().iter().map(|page| page.order).collect();
     assert_eq!(orders, [Order::HUGE, Order::PAGE, Order::PAGE]);
     assert_eq!(machine.check(), Ok(()));
@@ -933,7 +939,7 @@ fn the_flags_of_a_page_survive_every_move() {
 #[test]
 fn a_page_that_is_unmapped_in_transit_is_gone() {
     let process = process();
-    let mut isolation = backend(&process).isolate(range(0, 4), Select::System);
+    let mut isolation = backend(&process).isolate(range(0, 4), system());
     process.unmap(range(1, 1));
     process.discard(range(2, 1));
     for index in 0..4 {
@@ -952,7 +958,7 @@ fn a_page_that_is_unmapped_in_transit_is_gone() {
 #[test]
 fn a_page_that_is_moved_in_transit_arrives_at_its_new_address() {
     let process = process();
-    let isolation = backend(&process).isolate(range(0, 4), Select::System);
+    let isolation = backend(&process).isolate(range(0, 4), system());
     process.remap(range(0, 2), page(64)).unwrap();
     assert_eq!(entry(&process, 64).residency, Residency::InTransit);
     assert!(process.flags(page(64)).unwrap().dirty);
@@ -983,7 +989,7 @@ fn a_page_that_is_forked_in_transit_arrives_at_both() {
 fn an_exit_does_not_wait_for_an_isolation() {
     let machine = Machine::new();
     let process = process_on(&machine);
-    let isolation = backend(&process).isolate(range(0, 4), Select::System);
+    let isolation = backend(&process).isolate(range(0, 4), system());
     process.exit();
     assert_eq!(machine.check(), Ok(()));
     drop(isolation);
@@ -994,7 +1000,7 @@ fn an_exit_does_not_wait_for_an_isolation() {
 #[test]
 fn protection_that_is_taken_away_in_transit_is_gone_on_arrival() {
     let process = process();
-    let isolation = backend(&process).isolate(range(0, 4), Select::System);
+    let isolation = backend(&process).isolate(range(0, 4), system());
     process.protect(range(0, 4), Access::Read);
     drop(isolation);
     assert_eq!(entry(&process, 0).access, Access::Read);
@@ -1026,7 +1032,7 @@ fn part_of_a_large_page_can_be_unmapped_in_transit() {
 fn a_large_page_is_split_in_transit_and_its_parts_arrive_each_for_itself() {
     let machine = Machine::new();
     let process = huge_process(&machine);
-    let mut isolation = backend(&process).isolate(range(0, 512), Select::System);
+    let mut isolation = backend(&process).isolate(range(0, 512), system());
     isolation.split(0).unwrap();
     assert_eq!(isolation.pages().len(), 512);
     assert_eq!(isolation.pages()[511].page, page(511));
@@ -1047,12 +1053,12 @@ fn isolating_part_of_a_large_page_splits_it_or_takes_nothing() {
     let machine = Machine::new();
     let process = huge_process(&machine);
     machine.injector().fail("split", 0);
-    let isolation = backend(&process).isolate(range(0, 3), Select::System);
+    let isolation = backend(&process).isolate(range(0, 3), system());
     assert!(isolation.pages().is_empty());
     assert_eq!(isolation.stayed()[0].reason, StayReason::LargePage);
     assert_eq!(isolation.stayed()[0].pages, range(0, 3));
     drop(isolation);
-    let isolation = backend(&process).isolate(range(0, 3), Select::System);
+    let isolation = backend(&process).isolate(range(0, 3), system());
     assert_eq!(isolation.pages().len(), 3);
     drop(isolation);
     assert_values(&process, 0..512);
@@ -1062,7 +1068,7 @@ fn isolating_part_of_a_large_page_splits_it_or_takes_nothing() {
 #[test]
 fn touching_ones_own_page_in_transit_is_refused_by_name() {
     let process = process();
-    let isolation = backend(&process).isolate(range(0, 4), Select::System);
+    let isolation = backend(&process).isolate(range(0, 4), system());
     let refused = FaultError::SelfWait { page: page(0) };
     assert_eq!(process.load_u64(address(0)), Err(refused.into()));
     drop(isolation);
@@ -1073,7 +1079,7 @@ fn touching_ones_own_page_in_transit_is_refused_by_name() {
 #[test]
 fn whoever_touches_a_page_in_transit_sleeps_until_it_arrives() {
     let process = process();
-    let isolation = backend(&process).isolate(range(0, 4), Select::System);
+    let isolation = backend(&process).isolate(range(0, 4), system());
     thread::scope(|scope| {
         let (sender, receiver) = mpsc::channel();
         let process = &process;
@@ -1100,7 +1106,7 @@ fn whoever_touches_a_page_in_transit_sleeps_until_it_arrives() {
 fn an_isolation_is_put_back_by_a_panic() {
     let process = process();
     let caught = std::panic::catch_unwind(AssertUnwindSafe(|| {
-        let _isolation = backend(&process).isolate(range(0, 4), Select::System);
+        let _isolation = backend(&process).isolate(range(0, 4), system());
         panic!("on purpose");
     }));
     assert!(caught.is_err());
@@ -1116,7 +1122,7 @@ fn a_page_of_the_reverse_map_is_isolated_in_every_address_space() {
     to_device(&process, range(0, 2), &pagemap);
     let child = process.fork().unwrap();
     let Residency::Device(location) = entry(&process, 1).residency else { panic!("on a device") };
-    let map = backend(&process).isolate(range(15, 1), Select::System).reverse_map();
+    let map = backend(&process).isolate(range(15, 1), system()).reverse_map();
     let mut isolation = None;
     bracketed(&child, EventKind::Migrate, range(1, 1), || {
         isolation = Some(map.isolate(&[location]));
@@ -1587,7 +1593,7 @@ fn a_device_that_writes_to_a_page_in_transit_is_detected() {
     let machine = Machine::with(MachineOptions::new().count_violations());
     let process = process_on(&machine);
     let stale = frame(&process, 0);
-    let isolation = backend(&process).isolate(range(0, 1), Select::System);
+    let isolation = backend(&process).isolate(range(0, 1), system());
     backend(&process).memory().write(stale, 0, &[9; 8]);
     assert!(machine.violations()[0].contains("in transit"));
     drop(isolation);
@@ -1601,7 +1607,7 @@ fn a_device_that_writes_to_a_page_in_transit_is_detected() {
 fn a_copy_outside_its_isolation_and_a_write_to_the_zeroes_are_detected() {
     let machine = Machine::with(MachineOptions::new().count_violations());
     let process = process_on(&machine);
-    let isolation = backend(&process).isolate(range(0, 1), Select::System);
+    let isolation = backend(&process).isolate(range(0, 1), system());
     let copies = isolation.memory();
     drop(isolation);
     copies.write(frame(&process, 0), 0, &[9]);
@@ -1634,5 +1640,331 @@ fn a_large_page_is_filled_where_there_is_room_and_single_pages_where_there_is_no
     process.store_u64(address(700), 1).unwrap();
     assert_eq!(entry(&process, 5).order, Order::HUGE);
     assert_eq!(entry(&process, 700).order, Order::PAGE);
+    end(process);
+}
+
+// What a review of the machine found.
+
+#[test]
+fn a_probe_of_a_page_that_may_be_dropped_is_not_dropped() {
+    let process = process();
+    process.free(range(0, 1));
+    process.clear_soft_dirty(range(0, 1));
+    process.uprobe(page(0), &[9, 9]).unwrap();
+    let flags = process.flags(page(0)).unwrap();
+    assert!(flags.dirty && flags.soft_dirty, "{flags:?}");
+    process.reclaim(range(0, 1));
+    let mut bytes = [0; 2];
+    process.load(address(0), &mut bytes).unwrap();
+    assert_eq!(bytes, [9, 9]);
+    end(process);
+}
+
+#[test]
+fn what_is_done_to_zeroes_in_transit_holds_after_they_went_back() {
+    let process = process();
+    process.load_u64(address(5)).unwrap();
+    let isolation = backend(&process).isolate(range(5, 1), system());
+    assert!(!process.flags(page(5)).unwrap().dirty, "nobody may have stored to it");
+    process.remap(range(5, 1), page(40)).unwrap();
+    drop(isolation);
+    assert!(process.flags(page(40)).unwrap().soft_dirty, "moved in transit");
+
+    let isolation = backend(&process).isolate(range(40, 1), system());
+    process.clear_soft_dirty(range(40, 1));
+    drop(isolation);
+    assert!(!process.flags(page(40)).unwrap().soft_dirty, "cleared in transit");
+    assert_eq!(process.load_u64(address(40)), Ok(0));
+    end(process);
+}
+
+#[test]
+fn zeroes_that_become_a_page_count_as_stored_to_where_stores_are_allowed() {
+    let process = process();
+    let (_, pagemap) = Vram::register(64);
+    let migration = process.address_space().migrate(range(8, 3), &pagemap);
+    process.protect(range(9, 1), Access::Read);
+    assert_eq!(migration.run().moved, 3);
+    for (number, open) in [(8, true), (9, false), (10, true)] {
+        let flags = process.flags(page(number)).unwrap();
+        assert_eq!((flags.dirty, flags.soft_dirty), (open, open), "page {number}");
+        assert_eq!(entry(&process, number).access >= Access::Write, open, "page {number}");
+    }
+    end(process);
+}
+
+/// A large page that comes to be between the finding and the taking is split like all others: the
+/// refusal of a split is the only reason for one to stay.
+#[test]
+fn a_large_page_that_is_made_while_its_isolation_is_announced_is_split() {
+    struct Collapser {
+        mm: Mm,
+        done: bool,
+    }
+    impl Notifier for Collapser {
+        type Fence = ();
+        fn invalidate(&mut self, event: &Event) {
+            let first =
+                event.kind() == EventKind::Migrate && !std::mem::replace(&mut self.done, true);
+            if first && let Some(space) = self.mm.users() {
+                // The first store to an untouched block makes a large page, without announcement.
+                let untouched = PageRange::new(address(512), HUGE).unwrap();
+                space.backend().fault(untouched, Access::Write, None, None).unwrap();
+            }
+        }
+    }
+    let machine = Machine::new();
+    let process = huge_process(&machine);
+    process.split(range(0, 512));
+    let mm = process.address_space().mm().clone();
+    let collapser = Collapser { mm, done: false };
+    let subscription = backend(&process).notifiers().subscribe(VaRange::ALL, collapser).unwrap();
+    let isolation = backend(&process).isolate(range(508, 8), system());
+    assert_eq!(isolation.stayed(), []);
+    assert_eq!(isolation.pages().len(), 8);
+    drop(isolation);
+    drop(subscription);
+    assert_values(&process, 0..512);
+    end(process);
+}
+
+#[test]
+fn only_a_page_in_the_memory_it_is_to_go_to_is_already_there() {
+    let process = process();
+    let (_, here) = Vram::register(64);
+    let (_, there) = Vram::register(64);
+    to_device(&process, range(0, 1), &here);
+    to_device(&process, range(1, 1), &there);
+    let select = Select::System { to: here.owner() };
+    let isolation = backend(&process).isolate(range(0, 2), select);
+    let stayed: Vec<_> = isolation.stayed().iter().map(|one| (one.pages, one.reason)).collect();
+    let expected = [(range(0, 1), StayReason::AlreadyThere), (range(1, 1), StayReason::Elsewhere)];
+    assert_eq!(stayed, expected);
+    drop(isolation);
+    end(process);
+}
+
+/// Threads, each of which holds the isolation of one page and touches the page of the next.
+fn circle(threads: u64) {
+    let process = process();
+    let barrier = Barrier::new(threads as usize);
+    let results: Vec<_> = thread::scope(|scope| {
+        let each = |number| {
+            let (process, barrier) = (&process, &barrier);
+            scope.spawn(move || {
+                let isolation = backend(process).isolate(range(number, 1), system());
+                barrier.wait();
+                let next = (number + 1) % threads;
+                let result = process.load_u64(address(next));
+                drop(isolation);
+                (next, result)
+            })
+        };
+        let all: Vec<_> = (0..threads).map(each).collect();
+        all.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let mut refused = 0;
+    for (next, result) in results {
+        let refusal = FaultError::SelfWait { page: page(next) };
+        if result == Err(refusal.into()) {
+            refused += 1;
+        } else {
+            assert_eq!(result, Ok(next + 1));
+        }
+    }
+    assert_eq!(refused, 1, "whoever would close the circle is refused, and the others go on");
+    end(process);
+}
+
+#[test]
+fn two_threads_that_wait_for_each_others_isolations_do_not_wait_for_ever() {
+    circle(2);
+}
+
+#[test]
+fn three_threads_that_wait_for_each_others_isolations_do_not_wait_for_ever() {
+    circle(3);
+}
+
+/// While each announcement of a change is made, what it is about changes to and fro.
+#[test]
+fn a_change_is_made_although_what_it_is_about_never_stays_the_same() {
+    struct Swing {
+        pins: Option<uhmm::sim::Pin>,
+        process: Process,
+        heard: Arc<AtomicU64>,
+    }
+    impl Notifier for Swing {
+        type Fence = ();
+        fn invalidate(&mut self, event: &Event) {
+            let round = self.heard.fetch_add(1, Ordering::Relaxed);
+            if event.kind() == EventKind::Clear && round < 10 {
+                // Pinned pages cannot be moved: now it is the other one that can.
+                self.pins = Some(self.process.pin(range(round % 2, 1)).unwrap());
+            }
+        }
+    }
+    let machine = Machine::new();
+    let process = machine.spawn();
+    process.map(range(0, 2), Mapping::shared(Access::Write)).unwrap();
+    let child = process.fork().unwrap();
+    fill(&process, 2);
+    fill(&child, 2);
+    let heard = Arc::new(AtomicU64::new(0));
+    let swing = Swing {
+        pins: Some(child.pin(range(1, 1)).unwrap()),
+        process: process.clone(),
+        heard: Arc::clone(&heard),
+    };
+    let subscription = backend(&child).notifiers().subscribe(VaRange::ALL, swing).unwrap();
+    assert_eq!(process.relocate(range(0, 2)), 1);
+    assert_eq!(heard.load(Ordering::Relaxed), 2, "the second round announces all found so far");
+    drop(subscription);
+    assert_values(&child, 0..2);
+    drop(child);
+    end(process);
+}
+
+#[test]
+fn to_hold_all_of_an_address_space_fails_at_the_first_hole() {
+    let process = process();
+    let first = FaultError::Hole { page: PageRange::ALL.first() };
+    let held = backend(&process).exclusive(PageRange::ALL, Owner::new(), None);
+    assert_eq!(held, Err(first));
+    // From the middle of one piece into the next.
+    process.map(range(16, 1024), Mapping::anonymous(Access::Write)).unwrap();
+    backend(&process).exclusive(range(500, 30), Owner::new(), None).unwrap();
+    assert_eq!(entry(&process, 500).access, Access::Atomic);
+    assert_eq!(entry(&process, 529).access, Access::Atomic);
+    end(process);
+}
+
+/// Each untouched page of this would be looked at for days.
+#[test]
+fn untouched_memory_is_passed_over_at_once() {
+    let process = process();
+    let large = PageRange::new(BASE, 1 << 50).unwrap();
+    process.map(large, Mapping::anonymous(Access::Write)).unwrap();
+    process.store_u64(address(1 << 30), 1).unwrap();
+    let (_, pagemap) = Vram::register(64);
+    to_device(&process, range(1 << 30, 1), &pagemap);
+    let isolation = backend(&process).isolate(large, Select::Device(pagemap.owner()));
+    assert_eq!(isolation.pages().len(), 1);
+    let pages: u64 = isolation.stayed().iter().map(|stayed| stayed.pages.pages()).sum();
+    assert_eq!(pages, large.pages() - 1);
+    drop(isolation);
+    end(process);
+}
+
+#[test]
+fn a_page_that_is_shared_is_copied_before_it_is_pinned_for_reading() {
+    let process = process();
+    let child = process.fork().unwrap();
+    process.protect(range(0, 1), Access::Read);
+    let pin = process.pin(range(0, 1)).unwrap();
+    assert_ne!(frame(&process, 0), frame(&child, 0));
+    process.protect(range(0, 1), Access::Write);
+    process.store_u64(address(0), 1).unwrap();
+    assert_eq!(frame(&process, 0), pin.frames()[0], "the pinned page left its frame");
+    assert_values(&child, 0..4);
+    drop((child, pin));
+    end(process);
+}
+
+#[test]
+fn a_probe_of_a_pinned_page_is_refused_and_one_of_a_hole_is_no_probe_of_a_shared_mapping() {
+    let process = process();
+    let pin = process.pin(range(0, 1)).unwrap();
+    let refused = SimError::Pinned { page: page(0) };
+    assert_eq!(process.uprobe(page(0), &[9, 9]), Err(refused));
+    assert_eq!(frame(&process, 0), pin.frames()[0]);
+    drop(pin);
+    process.uprobe(page(0), &[1]).unwrap();
+    let hole = FaultError::Hole { page: page(16) };
+    assert_eq!(process.uprobe(page(16), &[9]), Err(hole.into()));
+    assert_values(&process, 0..4);
+    end(process);
+}
+
+#[test]
+fn a_page_of_a_file_stays_dirty_when_it_is_unmapped() {
+    let machine = Machine::new();
+    let file = machine.file(4);
+    let process = machine.spawn();
+    process.map(range(0, 4), Mapping::file(&file, 0, Access::Write)).unwrap();
+    fill(&process, 3);
+    process.reclaim(range(0, 1));
+    process.unmap(range(1, 1));
+    let child = process.fork().unwrap();
+    child.store_u64(address(2), 3).unwrap();
+    child.exit();
+    process.load_u64(address(3)).unwrap();
+    file.store(3 << 12, &[4]).unwrap();
+    assert_eq!(file.write_back(), 4);
+    assert_eq!(file.write_back(), 0);
+    drop(file);
+    end(process);
+}
+
+#[test]
+fn a_fault_begins_no_step_after_its_deadline() {
+    struct Slow(Instant);
+    impl Notifier for Slow {
+        type Fence = ();
+        fn invalidate(&mut self, _: &Event) {
+            while Instant::now() < self.0 {
+                thread::yield_now();
+            }
+        }
+    }
+    let machine = Machine::new();
+    let process = huge_process(&machine);
+    let child = process.fork().unwrap();
+    let late = Err(FaultError::TimedOut { page: page(0) });
+    let fault =
+        |deadline| backend(&process).fault(range(0, 1), Access::Write, None, Some(deadline));
+    unannounced(&process, || assert_eq!(fault(Instant::now()), late));
+    assert_eq!(entry(&process, 0).order, Order::HUGE);
+    // The split takes until the deadline, and the copy is not begun.
+    let deadline = Instant::now() + Duration::from_millis(200);
+    let slow = Slow(deadline);
+    let subscription = backend(&process).notifiers().subscribe(VaRange::ALL, slow).unwrap();
+    assert_eq!(fault(deadline), late);
+    assert_eq!(entry(&process, 0).order, Order::PAGE);
+    assert_eq!(frame(&process, 0), frame(&child, 0));
+    drop(subscription);
+    drop(child);
+    assert_values(&process, 0..512);
+    end(process);
+}
+
+/// Whoever may use an entry counts as if it did: it is not asked again.
+#[test]
+fn a_page_that_may_be_dropped_counts_as_used_while_it_can_be_used() {
+    let process = process();
+    process.free(range(0, 1));
+    assert_eq!(entry(&process, 0).access, Access::Read);
+    assert!(process.flags(page(0)).unwrap().young);
+    end(process);
+}
+
+#[test]
+fn frames_are_accounted_for_while_isolations_have_them() {
+    let machine = Machine::new();
+    let process = huge_process(&machine);
+    let mut isolation = backend(&process).isolate(range(0, 512), system());
+    let other = backend(&process).isolate(range(600, 2), system());
+    assert_eq!(machine.check(), Ok(()));
+    isolation.allocate_home(0).unwrap();
+    assert_eq!(machine.check(), Ok(()));
+    isolation.split(0).unwrap();
+    assert_eq!(machine.check(), Ok(()));
+    isolation.allocate_home(3).unwrap();
+    assert_eq!(machine.check(), Ok(()));
+    process.unmap(range(0, 2));
+    drop(isolation);
+    assert_eq!(machine.check(), Ok(()), "nothing is left behind while another goes on");
+    drop(other);
+    assert_values(&process, 2..512);
     end(process);
 }

@@ -131,15 +131,26 @@ impl State {
                 return Err(format!("frame {frame} belongs to a pin alone and to {other}"));
             }
         }
+        let mut in_transit_for = BTreeMap::new();
+        for (id, isolation) in &self.isolations {
+            for &frame in &isolation.frames {
+                if let Some(other) = in_transit_for.insert(frame, id) {
+                    return Err(format!("frame {frame} belongs to {other:?} and to {id:?}"));
+                }
+            }
+        }
         for (frame, in_transit) in self.ram.list() {
             match (owners.remove(&frame), in_transit) {
                 (Some(_), false) => {}
                 (Some(owner), true) => {
                     return Err(format!("frame {frame} of {owner} counts as in transit"));
                 }
-                (None, true) if !self.isolations.is_empty() => {}
+                (None, true) if in_transit_for.remove(&frame).is_some() => {}
                 (None, _) => return Err(format!("frame {frame} is leaked: no page is in it")),
             }
+        }
+        if let Some((frame, id)) = in_transit_for.first_key_value() {
+            return Err(format!("frame {frame} of {id:?} is not in transit"));
         }
         match owners.first_key_value() {
             Some((frame, owner)) => Err(format!("frame {frame} of {owner} is free")),

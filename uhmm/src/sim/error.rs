@@ -38,6 +38,12 @@ pub enum SimError {
         /// Where.
         page: Page,
     },
+    /// The page is used by reference, and would be another one after the operation.
+    #[error("{page} is pinned: drop the pin to replace the page")]
+    Pinned {
+        /// Where.
+        page: Page,
+    },
     /// There is no system memory for what the operation needs.
     #[error("there is no free system memory: raise `MachineOptions::system_pages` or free some")]
     OutOfMemory,

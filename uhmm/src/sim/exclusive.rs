@@ -5,7 +5,7 @@ use std::time::Instant;
 use mmu_notifier::{EventKind, Owner};
 
 use super::fault::Space;
-use super::page_table::{Concern, Entry, Sight, Target};
+use super::page_table::{Announced, Concern, Entry, Sight, Target};
 use super::state::{Found, State};
 use super::vma::Vma;
 use crate::address_space::SpaceId;
@@ -21,14 +21,27 @@ impl Space {
         owner: Owner,
         deadline: Option<Instant>,
     ) -> Result<(), FaultError> {
-        let mut rest: Vec<Page> = range.iter().collect();
+        // In pieces, so that a range that is mostly not mapped costs nothing but its error.
+        for piece in range.blocks(Order::HUGE) {
+            self.take_piece_exclusive(piece, owner, deadline)?;
+        }
+        Ok(())
+    }
+
+    fn take_piece_exclusive(
+        &self,
+        piece: PageRange,
+        owner: Owner,
+        deadline: Option<Instant>,
+    ) -> Result<(), FaultError> {
+        let mut rest: Vec<Page> = piece.iter().collect();
         while !rest.is_empty() {
             for &page in &rest {
                 if !self.shared.lock().is_held(self.id, page, owner) {
                     self.fault_page(page, Access::Write, None, deadline)?;
                 }
             }
-            rest = self.hold(rest, owner)?;
+            rest = self.hold(rest, owner, deadline)?;
             if !rest.is_empty() && deadline.is_some_and(|end| end <= Instant::now()) {
                 return Err(FaultError::TimedOut { page: rest[0] });
             }
@@ -37,7 +50,12 @@ impl Space {
     }
 
     /// Holds those of `pages` that are still as the fault left them, and returns the others.
-    fn hold(&self, pages: Vec<Page>, owner: Owner) -> Result<Vec<Page>, FaultError> {
+    fn hold(
+        &self,
+        pages: Vec<Page>,
+        owner: Owner,
+        deadline: Option<Instant>,
+    ) -> Result<Vec<Page>, FaultError> {
         let find = |state: &State| {
             let mut concern = Concern::default();
             for &page in &pages {
@@ -54,7 +72,7 @@ impl Space {
             Found::Concern(concern)
         };
         let kind = EventKind::Exclusive;
-        self.shared.change(kind, Some(owner), find, |state, announced| {
+        let take = |state: &mut State, announced: &Announced<'_>| {
             let mut rest = Vec::new();
             for &page in &pages {
                 if state.is_held(self.id, page, owner) {
@@ -69,7 +87,9 @@ impl Space {
                 }
             }
             Ok(rest)
-        })
+        };
+        let done = self.shared.change_until(deadline, kind, Some(owner), find, take);
+        done.ok_or(FaultError::TimedOut { page: pages[0] })?
     }
 
     /// Does what [`Backend::end_exclusive`](crate::Backend::end_exclusive) says.
@@ -85,7 +105,7 @@ impl Space {
             held(state).into_iter().for_each(|page| concern.add(self.id, page.into()));
             Found::Concern(concern)
         };
-        self.shared.change(EventKind::Exclusive, None, find, |state, announced| {
+        self.shared.change(EventKind::Clear, None, find, |state, announced| {
             for page in held(state) {
                 let table = state.table(self.id);
                 table.change(page, announced, |entry| entry.sight = Sight::Visible);

@@ -10,7 +10,7 @@ use std::time::Instant;
 use mmu_notifier::{EventKind, Owner, Subscriptions, thread_number};
 
 use super::PageFlags;
-use super::object::{FileId, Location, ObjectId, PageObject};
+use super::object::{FileId, IsolationId, Location, ObjectId, PageObject};
 use super::page_table::{Announced, Concern, Entry, Sight, Target};
 use super::state::{Found, Shared, State};
 use super::vma::{Vma, huge_block};
@@ -31,8 +31,8 @@ pub(super) struct Space {
 enum Next {
     /// Nothing: the page can be used.
     Done,
-    /// The page is in transit, on behalf of an isolation that this thread began.
-    Sleep(u64),
+    /// The page is in transit.
+    Sleep(IsolationId),
     /// The page is on a device that does not keep it.
     Home { pagemap: Arc<DevicePagemap>, order: Order },
     /// A device holds the page exclusively.
@@ -50,7 +50,6 @@ impl Space {
         keep: Option<Owner>,
         deadline: Option<Instant>,
     ) -> Result<(), FaultError> {
-        let mut first = true;
         loop {
             let mut state = self.shared.lock();
             let next = state.fault(self.id, page, access, keep)?;
@@ -60,20 +59,21 @@ impl Space {
             if mmu_notifier::in_callback() {
                 return Err(FaultError::SelfWait { page });
             }
-            if !first && deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-                return Err(FaultError::TimedOut { page });
-            }
-            first = false;
             match next {
                 Next::Done => {}
-                Next::Sleep(thread) if thread == thread_number() => {
+                Next::Sleep(isolation) if state.waits_for(isolation, thread_number()) => {
                     return Err(FaultError::SelfWait { page });
                 }
-                Next::Sleep(_) => {
-                    let (_state, ahead) = state.wait(deadline);
+                Next::Sleep(isolation) => {
+                    state.waiting.insert(thread_number(), isolation);
+                    let (mut state, ahead) = state.wait(deadline);
+                    state.waiting.remove(&thread_number());
                     if !ahead {
                         return Err(FaultError::TimedOut { page });
                     }
+                }
+                _ if deadline.is_some_and(|deadline| deadline <= Instant::now()) => {
+                    return Err(FaultError::TimedOut { page });
                 }
                 Next::Home { pagemap, order } => {
                     drop(state);
@@ -81,11 +81,11 @@ impl Space {
                 }
                 Next::Revoke => {
                     drop(state);
-                    self.revoke(page);
+                    self.revoke(page, deadline)?;
                 }
                 Next::Copy => {
                     drop(state);
-                    self.copy_on_write(page)?;
+                    self.copy_shared(page, Access::Write, deadline)?;
                 }
             }
         }
@@ -93,7 +93,7 @@ impl Space {
 
     /// Takes a page back from the device that holds it. The announcement has no owner, so that
     /// device hears of it as well.
-    fn revoke(&self, page: Page) {
+    fn revoke(&self, page: Page, deadline: Option<Instant>) -> Result<(), FaultError> {
         let held = |state: &State| {
             let entry = state.entry(self.id, page).filter(|(_, entry)| entry.holder().is_some());
             entry.map(|(first, _)| first)
@@ -102,17 +102,25 @@ impl Space {
             Some(first) => Found::Concern(Concern::new(self.id, first.into())),
             None => Found::Concern(Concern::default()),
         };
-        self.shared.change(EventKind::Exclusive, None, find, |state, announced| {
+        let end = |state: &mut State, announced: &Announced<'_>| {
             if let Some(first) = held(state) {
                 let table = state.table(self.id);
                 table.change(first, announced, |entry| entry.sight = Sight::Visible);
             }
-        });
+        };
+        let done = self.shared.change_until(deadline, EventKind::Clear, None, find, end);
+        done.ok_or(FaultError::TimedOut { page })
     }
 
-    /// Gives the mapping a page of its own in the place of a shared one.
-    fn copy_on_write(&self, page: Page) -> Result<(), FaultError> {
-        let find = |state: &State| match state.to_copy(self.id, page) {
+    /// Gives the mapping a page of its own in the place of a shared one, if it needs that for
+    /// `access`: a store does, and a load by reference, which goes on after others store.
+    pub(super) fn copy_shared(
+        &self,
+        page: Page,
+        access: Access,
+        deadline: Option<Instant>,
+    ) -> Result<(), FaultError> {
+        let find = |state: &State| match state.to_copy(self.id, page, access) {
             Some((_, Entry { order, target: Target::Object { id, .. }, .. }))
                 if order > Order::PAGE =>
             {
@@ -121,19 +129,39 @@ impl Space {
             Some((first, _)) => Found::Concern(Concern::new(self.id, first.into())),
             None => Found::Concern(Concern::default()),
         };
-        self.shared.change(EventKind::Clear, None, find, |state, announced| {
-            let Some((first, entry)) = state.to_copy(self.id, page) else { return Ok(()) };
+        let copy = |state: &mut State, announced: &Announced<'_>| {
+            let Some((first, entry)) = state.to_copy(self.id, page, access) else {
+                return Ok(());
+            };
             let from = state.frame_of(first, &entry, page).expect("what is copied is at hand");
             let to = state.ram.allocate(Order::PAGE).ok_or(FaultError::OutOfMemory { page })?;
             state.ram.copy(from, to, Order::PAGE);
             state.replace(self.id, page, to, announced);
-            state.table(self.id).touch(page, Access::Write);
+            state.table(self.id).touch(page, access);
             Ok(())
-        })
+        };
+        let done = self.shared.change_until(deadline, EventKind::Clear, None, find, copy);
+        done.ok_or(FaultError::TimedOut { page })?
     }
 }
 
 impl State {
+    /// Tells whether an isolation cannot end before `thread` does something: it is of that thread,
+    /// or of one that sleeps for such an isolation.
+    fn waits_for(&self, isolation: IsolationId, thread: u64) -> bool {
+        let mut next = Some(isolation);
+        // This ends, since nobody has gone to sleep who would have closed a circle.
+        while let Some(isolation) = next {
+            match self.isolations.get(&isolation) {
+                Some(of) if of.thread == thread => return true,
+                Some(of) => next = self.waiting.get(&of.thread).copied(),
+                // It is over, and who sleeps for it is about to wake.
+                None => return false,
+            }
+        }
+        false
+    }
+
     fn fault(
         &mut self,
         space: SpaceId,
@@ -161,7 +189,7 @@ impl State {
         let object = self.object(id);
         let (shared, anonymous) = (object.is_shared(), object.is_anonymous());
         match &object.location {
-            Location::Transit(isolation) => Ok(Next::Sleep(self.isolations[isolation])),
+            Location::Transit(isolation) => Ok(Next::Sleep(*isolation)),
             Location::Swap(_) => {
                 self.swap_in(id).ok_or(FaultError::OutOfMemory { page })?;
                 self.fault(space, page, access, keep)
@@ -280,19 +308,27 @@ impl State {
         Some(())
     }
 
-    /// Returns the entry at `page` if a store has to copy what it leads to.
-    fn to_copy(&self, space: SpaceId, page: Page) -> Option<(Page, Entry)> {
+    /// Returns the entry at `page` if a store, or a load by reference, has to copy what it leads
+    /// to.
+    pub(super) fn to_copy(
+        &self,
+        space: SpaceId,
+        page: Page,
+        access: Access,
+    ) -> Option<(Page, Entry)> {
         let vma = self.vma(space, page)?;
         let (first, &entry) = self.entry(space, page)?;
-        let allowed = vma.rights >= Access::Write && vma.is_private();
+        let store = access >= Access::Write;
+        let allowed = vma.rights >= access && vma.is_private();
         if !allowed || entry.sight != Sight::Visible || entry.writable {
             return None;
         }
         let copy = match entry.target {
-            Target::Zero => true,
+            Target::Zero => store,
             Target::Object { id, .. } => {
                 let object = self.object(id);
-                object.frame().is_some() && (object.is_shared() || !object.is_anonymous())
+                let copy = if object.is_anonymous() { object.is_shared() } else { store };
+                object.frame().is_some() && copy
             }
         };
         copy.then_some((first, entry))
@@ -314,6 +350,8 @@ impl State {
         self.table(space).change(page, announced, |entry| {
             entry.target = target;
             entry.sight = Sight::Visible;
+            // What may be dropped is the page before, not this one.
+            entry.lazy = false;
         });
         self.object_mut(id).mappings.insert((space, page));
         self.forget_mapping(space, page, &before);

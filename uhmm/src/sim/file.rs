@@ -51,7 +51,8 @@ impl File {
     /// Makes the file `pages` pages long. On return nothing beyond is mapped anywhere, not even
     /// what private mappings had made of it; new pages are zeroes.
     ///
-    /// Announces [`EventKind::Clear`] in every address space that has the pages mapped.
+    /// Announces [`EventKind::Clear`] wherever pages from `pages` on are mapped, also where the file
+    /// grows and they were out of its bounds.
     pub fn truncate(&self, pages: u64) {
         let id = self.0.id;
         let find = |state: &State| {
@@ -114,6 +115,7 @@ impl File {
         self.0.shared.change(EventKind::ProtectionPage, None, find, |state, announced| {
             let pages = state.dirty_pages(id);
             for &page in &pages {
+                state.object_mut(page).dirty = false;
                 for (space, at) in state.object(page).mappings.clone() {
                     state.table(space).change(at, announced, |entry| {
                         entry.writable = false;
@@ -161,6 +163,7 @@ impl File {
             let page = state.file_page(self.0.id, index).ok_or(SimError::OutOfMemory)?;
             let frame = state.object(page).frame().expect("file pages stay in memory");
             state.ram.store(frame, inside, &bytes[piece]);
+            state.object_mut(page).dirty = true;
         }
         Ok(())
     }
@@ -216,10 +219,12 @@ impl State {
 
     fn dirty_pages(&self, file: FileId) -> Vec<ObjectId> {
         let is_dirty = |&id: &ObjectId| {
-            self.object(id).mappings.iter().any(|&(space, page)| {
-                self.entry(space, page)
-                    .is_some_and(|(_, entry)| entry.writable || entry.flags.dirty)
-            })
+            let object = self.object(id);
+            object.dirty
+                || object.mappings.iter().any(|&(space, page)| {
+                    self.entry(space, page)
+                        .is_some_and(|(_, entry)| entry.writable || entry.flags.dirty)
+                })
         };
         self.files[&file].pages.values().copied().filter(is_dirty).collect()
     }

@@ -6,18 +6,18 @@
 //! by whoever holds the machine's lock. The commit, or the drop, gives each object its contents
 //! back, at one place, in one step, or frees them where nobody refers to the object any more.
 
-use std::collections::BTreeSet;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
 use mmu_notifier::{EventKind, thread_number};
 
-use super::PageFlags;
 use super::fault::Space;
 use super::object::{IsolationId, Location, ObjectId, PageObject};
 use super::page_table::{Announced, Concern, Entry, Sight, Target};
-use super::state::{Found, Shared, State};
-use super::vma::{Backing, huge_block};
+use super::state::{Found, IsolationState, Shared, State};
+use super::vma::{Backing, Vma, huge_block};
 use crate::address_space::SpaceId;
 use crate::backend::{
     CannotSplit, Committed, IsolatedPage, Isolation, OutOfSystemMemory, Placement, ReverseMap,
@@ -48,9 +48,8 @@ struct Held {
 
 /// The one copy of an isolated page.
 enum Contents {
-    /// Zeroes that nobody has written down; with the flags of the entry that led to the shared
-    /// frame of zeroes, if there was one.
-    Zero(Option<PageFlags>),
+    /// Zeroes that nobody has written down; with whether an entry led to the shared frame of them.
+    Zero(bool),
     System(Frame),
     Device(DeviceBlock),
 }
@@ -74,8 +73,20 @@ struct Piece {
 impl Space {
     /// Does what [`Backend::isolate`](crate::Backend::isolate) says.
     pub(super) fn isolate(&self, range: PageRange, select: Select) -> SimIsolation {
-        self.split_edges(range, select);
+        // The large pages that may not be split. Each is asked about once, so that the answer holds
+        // from finding to taking.
+        let refused = RefCell::new(BTreeMap::new());
+        let may_split = |&id: &ObjectId| {
+            let mut refused = refused.borrow_mut();
+            !*refused.entry(id).or_insert_with(|| self.shared.injector.fails("split"))
+        };
         let find = |state: &State| {
+            // Large pages that would be isolated in part are split. Where that fails they stay.
+            let mut straddling = state.straddling(self.id, range);
+            straddling.retain(|&id| state.selects(state.object(id), select).is_ok());
+            if let Some(id) = straddling.into_iter().find(may_split) {
+                return Found::Split(id);
+            }
             let mut concern = Concern::default();
             for piece in state.classify(self.id, range, select) {
                 match piece.verdict {
@@ -93,23 +104,9 @@ impl Space {
             for piece in state.classify(self.id, range, select) {
                 isolation.take_piece(state, self.id, piece, announced);
             }
+            isolation.enter_frames(state);
         });
         isolation
-    }
-
-    /// Splits large pages that would be isolated in part. Where that fails they stay.
-    fn split_edges(&self, range: PageRange, select: Select) {
-        let straddling = {
-            let state = self.shared.lock();
-            let mut ids = state.straddling(self.id, range);
-            ids.retain(|&id| state.selects(state.object(id), select).is_ok());
-            ids
-        };
-        for id in straddling {
-            if !self.shared.injector.fails("split") {
-                self.shared.split(id);
-            }
-        }
     }
 }
 
@@ -154,18 +151,19 @@ impl State {
         seen: &mut BTreeSet<ObjectId>,
     ) -> Piece {
         let vma = self.vma(space, page).expect("the caller looked");
-        let untaken = |reason| Piece {
-            pages: page.into(),
-            verdict: Verdict::Stay(select.unless_here(reason)),
-        };
         let Some((first, entry)) = self.entry(space, page) else {
+            // The same holds for all of the mapping up to the next entry.
+            let untaken = |reason| Piece {
+                pages: self.untouched(space, vma, rest),
+                verdict: Verdict::Stay(select.unless_here(reason)),
+            };
             if vma.rights == Access::None {
                 return untaken(StayReason::Denied);
             }
             if vma.backing != Backing::Anonymous {
                 return untaken(StayReason::FileBacked);
             }
-            if select != Select::System {
+            if !matches!(select, Select::System { .. }) {
                 return untaken(StayReason::Elsewhere);
             }
             let block = huge_block(page, vma.range).filter(|&block| {
@@ -180,12 +178,12 @@ impl State {
         let pages = block.intersection(rest).expect("the entry maps the page");
         let stay = |reason| Piece { pages, verdict: Verdict::Stay(reason) };
         // To leave a device takes no rights.
-        if vma.rights == Access::None && select == Select::System {
+        if vma.rights == Access::None && matches!(select, Select::System { .. }) {
             return stay(StayReason::Denied);
         }
         let Target::Object { id, .. } = entry.target else {
             return match select {
-                Select::System => Piece { pages, verdict: Verdict::TakeZero },
+                Select::System { .. } => Piece { pages, verdict: Verdict::TakeZero },
                 _ => stay(StayReason::Elsewhere),
             };
         };
@@ -205,6 +203,20 @@ impl State {
         }
     }
 
+    /// Returns the part of `vma` from the start of `rest` on, which is untouched, up to the next
+    /// entry.
+    fn untouched(&self, space: SpaceId, vma: &Vma, rest: PageRange) -> PageRange {
+        let rest = vma.range.intersection(rest).expect("the mapping holds the first page");
+        let next = self.space(space).and_then(|state| state.table.overlapping(rest).next());
+        match next {
+            Some((next, _)) => {
+                let pages = next.number() - rest.first().number();
+                PageRange::from_pages(rest.first(), pages).expect("the first page has no entry")
+            }
+            None => rest,
+        }
+    }
+
     /// Says why a page is not one of those that are to be isolated, if it is not.
     fn selects(&self, object: &PageObject, select: Select) -> Result<(), StayReason> {
         let on_device = |owner: Option<mmu_notifier::Owner>, other: bool| match &object.location {
@@ -218,14 +230,17 @@ impl State {
         match select {
             Select::Device(owner) => on_device(Some(owner), false),
             Select::Foreign(owner) => on_device(Some(owner), true),
-            Select::System if !object.is_anonymous() => Err(StayReason::FileBacked),
-            Select::System => match object.location {
+            Select::System { .. } if !object.is_anonymous() => Err(StayReason::FileBacked),
+            Select::System { to } => match &object.location {
                 Location::System(_) if self.is_pinned(object) => Err(StayReason::Pinned),
                 Location::System(_) => Ok(()),
                 Location::Transit(_) => Err(StayReason::InTransit),
                 Location::Swap(_) => Err(StayReason::SwappedOut),
+                Location::Device(block) if block.location().owner == to => {
+                    Err(StayReason::AlreadyThere)
+                }
                 // Whoever moves pages to a device brings those of other devices home first.
-                Location::Device(_) => Err(StayReason::AlreadyThere),
+                Location::Device(_) => Err(StayReason::Elsewhere),
             },
         }
     }
@@ -236,7 +251,7 @@ impl Select {
     /// simply elsewhere.
     fn unless_here(self, reason: StayReason) -> StayReason {
         match self {
-            Select::System => reason,
+            Select::System { .. } => reason,
             Select::Device(_) | Select::Foreign(_) => StayReason::Elsewhere,
         }
     }
@@ -259,6 +274,7 @@ impl ReverseMap for Shared {
                 let &(_, page) = first.expect("a page on a device is mapped somewhere");
                 isolation.take(state, page, id, announced);
             }
+            isolation.enter_frames(state);
         });
         Box::new(isolation)
     }
@@ -270,11 +286,26 @@ impl SimIsolation {
         let id = {
             let mut state = shared.lock();
             let id = IsolationId(state.number());
-            state.isolations.insert(id, thread_number());
+            let began = IsolationState { thread: thread_number(), frames: BTreeSet::new() };
+            state.isolations.insert(id, began);
             id
         };
         let (pages, held, stayed) = (Vec::new(), Vec::new(), Vec::new());
         SimIsolation { shared, id, pages, held, stayed, over: false }
+    }
+
+    /// Tells the machine which frames this isolation has, for its [check](State::check).
+    fn enter_frames(&self, state: &mut State) {
+        let of_each = self.held.iter().zip(&self.pages).flat_map(|(held, page)| {
+            let left = match held.contents {
+                Contents::System(frame) => Some(frame),
+                Contents::Zero(_) | Contents::Device(_) => None,
+            };
+            let firsts = left.into_iter().chain(held.home);
+            firsts.flat_map(|Frame(first)| first..first + page.order.pages())
+        });
+        let frames = of_each.collect();
+        state.isolations.get_mut(&self.id).expect("it is under way").frames = frames;
     }
 
     fn take_piece(
@@ -337,21 +368,13 @@ impl SimIsolation {
         let id = state.add_object(object);
         let target = Target::Object { id, index: 0 };
         let mut entry = Entry { sight: Sight::Hidden, ..Entry::visible(target, order) };
-        let mut before = None;
-        if state.entry(space, page).is_some() {
+        let had_entry = state.entry(space, page).is_some();
+        if had_entry {
             entry.flags = state.table(space).take(page, announced).flags;
-            before = Some(entry.flags);
-        }
-        let rights = state.vma(space, page).map_or(Access::None, |vma| vma.rights);
-        // A page that is made on a device may be stored to there at once, and counts as if it was.
-        if rights >= Access::Write && !entry.flags.write_protected {
-            entry.writable = true;
-            entry.flags.dirty = true;
-            entry.flags.soft_dirty = true;
         }
         state.fill(space, page, entry);
         self.pages.push(IsolatedPage { page, order, source: Source::Zero });
-        self.held.push(Held { object: id, contents: Contents::Zero(before), home: None });
+        self.held.push(Held { object: id, contents: Contents::Zero(had_entry), home: None });
     }
 
     fn finish(&mut self, placements: Vec<Placement>) -> Vec<Committed> {
@@ -377,10 +400,10 @@ impl SimIsolation {
 fn place(state: &mut State, order: Order, held: Held, placement: Placement) -> Committed {
     let Held { object: id, contents, home } = held;
     let gone = state.object(id).mappings.is_empty();
-    let mut flags = None;
-    if let Contents::Zero(before) = contents {
-        flags = before;
-    }
+    let zero = match contents {
+        Contents::Zero(had_entry) => Some(had_entry),
+        Contents::System(_) | Contents::Device(_) => None,
+    };
     let (location, left, unused) = match (placement, home) {
         (Placement::Back, home) => (contents.location(), None, home),
         (Placement::Device(block), home) => {
@@ -405,10 +428,13 @@ fn place(state: &mut State, order: Order, held: Held, placement: Placement) -> C
         Some(location) if gone => state.free_location(location, order),
         Some(location) => {
             state.set_location(id, location);
+            if zero.is_some() {
+                state.open_to_stores(id);
+            }
             state.arrive(id);
         }
         // A page without contents goes back to having never been touched.
-        None => state.forget_zero(id, flags),
+        None => state.forget_zero(id, zero == Some(true)),
     }
     if gone {
         // Freed with the isolation itself, which nothing else refers to.
@@ -438,18 +464,32 @@ impl State {
         }
     }
 
-    /// Undoes the taking of zeroes: the places are untouched again, or lead to the shared frame.
-    fn forget_zero(&mut self, id: ObjectId, before: Option<PageFlags>) {
+    /// Lets stores through to zeroes that have become a page, wherever that is allowed now: it may
+    /// be stored to at once, and counts as if it was.
+    fn open_to_stores(&mut self, id: ObjectId) {
+        for (space, page) in self.object(id).mappings.clone() {
+            let rights = self.vma(space, page).map_or(Access::None, |vma| vma.rights);
+            self.table(space).change_hidden(page, |entry| {
+                if rights >= Access::Write && !entry.flags.write_protected {
+                    entry.writable = true;
+                    entry.flags.dirty = true;
+                    entry.flags.soft_dirty = true;
+                }
+            });
+        }
+    }
+
+    /// Undoes the taking of zeroes: the places are untouched again, or lead to the shared frame if
+    /// they did. What was changed of their entries meanwhile stays so.
+    fn forget_zero(&mut self, id: ObjectId, had_entry: bool) {
         for (space, page) in std::mem::take(&mut self.object_mut(id).mappings) {
             let table = self.table(space);
-            let Some(before) = before else {
+            if !had_entry {
                 table.take_hidden(page);
                 continue;
-            };
+            }
             table.change_hidden(page, |entry| {
-                let write_protected = entry.flags.write_protected;
-                let flags = PageFlags { write_protected, ..before };
-                *entry = Entry { flags, ..Entry::visible(Target::Zero, Order::PAGE) };
+                *entry = Entry { flags: entry.flags, ..Entry::visible(Target::Zero, Order::PAGE) };
             });
         }
         self.objects.remove(&id);
@@ -468,7 +508,7 @@ impl Contents {
     fn split(self, order: Order) -> Vec<(Contents, Source)> {
         let pages = 0..order.pages();
         match self {
-            Contents::Zero(_) => pages.map(|_| (Contents::Zero(None), Source::Zero)).collect(),
+            Contents::Zero(_) => pages.map(|_| (Contents::Zero(false), Source::Zero)).collect(),
             Contents::System(Frame(first)) => pages
                 .map(|index| Frame(first + index))
                 .map(|frame| (Contents::System(frame), Source::System(frame)))
@@ -538,6 +578,7 @@ impl Isolation for SimIsolation {
         }
         self.pages.splice(index..=index, pages);
         self.held.splice(index..index, held);
+        self.enter_frames(&mut state);
         Ok(())
     }
 
@@ -546,9 +587,11 @@ impl Isolation for SimIsolation {
             return Ok(home);
         }
         let order = self.pages[index].order;
-        let state = self.shared.lock();
+        let mut state = self.shared.lock();
         let home = state.ram.allocate(order).ok_or(OutOfSystemMemory)?;
         state.ram.set_transit(home, order, true);
+        let entered = state.isolations.get_mut(&self.id).expect("it is under way");
+        entered.frames.extend(home.0..home.0 + order.pages());
         self.held[index].home = Some(home);
         Ok(home)
     }

@@ -2,12 +2,14 @@
 //!
 //! It is a [`Backend`](crate::Backend) without a kernel, for testing: drivers and policies on it,
 //! and this crate itself. It has everything that changes an address space behind a device's back,
-//! announces each as the kernel does, and finds out whoever works on memory that is no longer
-//! theirs:
+//! announces each as the kernel does, and finds out whoever works on memory that is free or in
+//! transit:
 //!
-//! * No frame number is used twice, so a device that uses a translation after its time hits a frame
-//!   that is free or in transit. That panics with the frame and the reason, or is listed in
-//!   [`Machine::violations`] where [`MachineOptions::count_violations`] says so.
+//! * No frame number is used twice, so a device that uses a translation after the page has left
+//!   hits a frame that is free or in transit. That panics with the frame and the reason, or is
+//!   listed in [`Machine::violations`] where [`MachineOptions::count_violations`] says so. A device
+//!   that goes on storing through a translation that has become read-only, as by a fork, while the
+//!   page stays where it is, is not found out.
 //! * [`Machine::check`] says whether every page has exactly one copy, every frame one owner, and
 //!   every reverse map is true.
 //! * An [`Injector`](crate::Injector) makes allocations (`"frame"`) and splits of large pages
@@ -31,9 +33,10 @@
 //! policy and no subscriber. Announcing in (2) cannot deadlock with the lock, since it is not held
 //! there and nobody who holds it waits for anything but the locks below it. Whoever sleeps
 //! until a page arrives holds neither the lock nor an announcement, and who has the page in transit
-//! needs only the lock to end that; so it always ends. A thread that would sleep for an isolation
-//! of its own is told so ([`FaultError::SelfWait`](crate::FaultError::SelfWait)). An isolation
-//! counts as that of the thread that began it.
+//! needs only the lock to end that. It may hold isolations itself, though. So a thread that would
+//! sleep for an isolation of its own, or for that of a thread that in the end sleeps for one of its
+//! own, is told so ([`FaultError::SelfWait`](crate::FaultError::SelfWait)). An isolation counts as
+//! that of the thread that began it.
 //!
 //! The order of locks is: announcement, machine, then the accounts of a device's memory (when a
 //! block is split or settled) and system memory, whose lock covers one access. Device memory that

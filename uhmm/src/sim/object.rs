@@ -26,6 +26,9 @@ pub(super) struct PageObject {
     /// The file it is page so-and-so of; `None` for anonymous memory.
     pub(super) file: Option<(FileId, u64)>,
     pub(super) location: Location,
+    /// Whether a page of a file was stored to since it was written back, as far as no entry notes
+    /// it: by a system call, or through an entry that is no more.
+    pub(super) dirty: bool,
     /// The entries that lead to it, by where they begin: the reverse map.
     pub(super) mappings: BTreeSet<(SpaceId, Page)>,
 }
@@ -45,7 +48,7 @@ pub(super) enum Location {
 
 impl PageObject {
     pub(super) fn anonymous(order: Order, location: Location) -> PageObject {
-        PageObject { order, file: None, location, mappings: BTreeSet::new() }
+        PageObject { order, file: None, location, dirty: false, mappings: BTreeSet::new() }
     }
 
     /// Returns its frame, if it is in system memory.

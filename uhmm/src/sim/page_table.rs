@@ -198,7 +198,7 @@ impl PageTable {
 }
 
 /// The ranges of address spaces that a change is about.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Concern(BTreeMap<SpaceId, Vec<PageRange>>);
 
 impl Concern {
@@ -210,6 +210,13 @@ impl Concern {
 
     pub(super) fn add(&mut self, space: SpaceId, range: PageRange) {
         self.0.entry(space).or_default().push(range);
+    }
+
+    /// Adds what `other` is about.
+    pub(super) fn join(&mut self, other: Concern) {
+        for (space, range) in other.runs() {
+            self.add(space, range);
+        }
     }
 
     /// Returns the ranges, as few as hold the same pages.

@@ -38,6 +38,12 @@ impl Space {
             let frame = loop {
                 let access = self.shared.lock().pin_access(self.id, page)?;
                 self.fault_page(page, access, None, None)?;
+                if self.shared.lock().to_copy(self.id, page, access).is_some() {
+                    if mmu_notifier::in_callback() {
+                        return Err(FaultError::SelfWait { page }.into());
+                    }
+                    self.copy_shared(page, access, None)?;
+                }
                 let mut state = self.shared.lock();
                 if let Some(frame) = state.pinnable(self.id, page, access) {
                     *state.pins.entry(frame).or_default() += 1;
@@ -66,6 +72,8 @@ impl State {
         }
         match entry.target {
             Target::Zero => Some(ZERO),
+            // The next store through a mapping of the page would leave the pin a page of others.
+            Target::Object { .. } if self.to_copy(space, page, access).is_some() => None,
             Target::Object { .. } => self.frame_of(first, entry, page),
         }
     }

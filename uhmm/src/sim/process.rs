@@ -21,6 +21,9 @@ use crate::page::{Page, PageRange};
 ///
 /// Everything here may be called by any number of threads at a time. What changes an address space
 /// announces as the kernel does; each method says with which [`EventKind`](crate::EventKind).
+///
+/// A change that needs a large page [split](Process::split) first announces that as a split: as
+/// [`Clear`](crate::EventKind::Clear) of the large page, before its own announcement.
 #[derive(Clone)]
 pub struct Process {
     address_space: AddressSpace,
@@ -108,7 +111,8 @@ impl Process {
 
     /// Maps something at `range`, in the place of what was there (`MAP_FIXED`).
     ///
-    /// Announces [`Unmap`](crate::EventKind::Unmap) if something was.
+    /// Announces [`Unmap`](crate::EventKind::Unmap) if something was; large pages that reach out of
+    /// `range` are split first.
     ///
     /// # Errors
     ///
@@ -143,7 +147,8 @@ impl Process {
 
     /// Unmaps whatever is mapped in `range`.
     ///
-    /// Announces [`Unmap`](crate::EventKind::Unmap).
+    /// Announces [`Unmap`](crate::EventKind::Unmap); large pages that
+    /// reach out of `range` are [split](Process::split) first.
     #[doc(alias = "munmap")]
     pub fn unmap(&self, range: PageRange) {
         self.space.unmap(range);
@@ -152,7 +157,8 @@ impl Process {
     /// Changes what the mappings in `range` allow. [`Access::Atomic`] is taken as
     /// [`Access::Write`].
     ///
-    /// Announces [`ProtectionVma`](crate::EventKind::ProtectionVma).
+    /// Announces [`ProtectionVma`](crate::EventKind::ProtectionVma); large pages that
+    /// reach out of `range` are [split](Process::split) first.
     #[doc(alias = "mprotect")]
     pub fn protect(&self, range: PageRange, access: Access) {
         self.space.protect(range, access);
@@ -161,7 +167,8 @@ impl Process {
     /// Moves what is mapped in `range` to `to`, in the place of what is there. Pages on devices and
     /// in transit come along.
     ///
-    /// Announces [`Unmap`](crate::EventKind::Unmap) of both places.
+    /// Announces [`Unmap`](crate::EventKind::Unmap) of both places; large pages that do not fit are
+    /// split first.
     ///
     /// # Errors
     ///
@@ -174,7 +181,8 @@ impl Process {
 
     /// Drops the pages of `range`: private memory is zeroes again, a file's pages stay in the file.
     ///
-    /// Announces [`Clear`](crate::EventKind::Clear).
+    /// Announces [`Clear`](crate::EventKind::Clear); large pages that
+    /// reach out of `range` are [split](Process::split) first.
     #[doc(alias = "MADV_DONTNEED")]
     pub fn discard(&self, range: PageRange) {
         self.space.discard(range);
@@ -184,7 +192,8 @@ impl Process {
     /// stores to before. Those swapped out are dropped at once, and those on devices or shared are
     /// left alone.
     ///
-    /// Announces [`Clear`](crate::EventKind::Clear).
+    /// Announces [`Clear`](crate::EventKind::Clear); large pages that
+    /// reach out of `range` are [split](Process::split) first.
     #[doc(alias = "MADV_FREE")]
     pub fn free(&self, range: PageRange) {
         self.space.free(range);
@@ -194,7 +203,8 @@ impl Process {
     /// [`free`](Process::free) allows to, and unmaps file pages. Returns how many private pages
     /// left system memory. Large pages are split first; pinned and exclusively held pages stay.
     ///
-    /// Announces [`Clear`](crate::EventKind::Clear), in every address space that shares a page.
+    /// Announces [`Clear`](crate::EventKind::Clear), in every address space that shares a page: once
+    /// for each large page, and once for all else.
     pub fn reclaim(&self, range: PageRange) -> u64 {
         self.space.reclaim(range)
     }
@@ -237,7 +247,8 @@ impl Process {
     /// Write-protects the pages of `range`. The first store to one goes through, and its
     /// [flag](PageFlags::write_protected) tells.
     ///
-    /// Announces [`ProtectionVma`](crate::EventKind::ProtectionVma).
+    /// Announces [`ProtectionVma`](crate::EventKind::ProtectionVma); large pages that
+    /// reach out of `range` are [split](Process::split) first.
     #[doc(alias = "PM_SCAN_WP_MATCHING")]
     pub fn write_protect(&self, range: PageRange) {
         self.space.write_protect(range);
@@ -245,7 +256,8 @@ impl Process {
 
     /// Clears the [soft-dirty flags](PageFlags::soft_dirty) of `range`.
     ///
-    /// Announces [`SoftDirty`](crate::EventKind::SoftDirty).
+    /// Announces [`SoftDirty`](crate::EventKind::SoftDirty); large pages that
+    /// reach out of `range` are [split](Process::split) first.
     #[doc(alias = "clear_refs")]
     pub fn clear_soft_dirty(&self, range: PageRange) {
         self.space.clear_soft_dirty(range);
@@ -270,14 +282,19 @@ impl Process {
     ///
     /// # Errors
     ///
-    /// As a load, and [`SimError::NotPrivate`], [`SimError::OutOfMemory`], and
-    /// [`SimError::OutOfBounds`] if the bytes do not fit a page.
+    /// As a load, and [`SimError::NotPrivate`], [`SimError::Pinned`], [`SimError::OutOfMemory`],
+    /// and [`SimError::OutOfBounds`] if the bytes do not fit a page.
     pub fn uprobe(&self, page: Page, bytes: &[u8]) -> Result<(), SimError> {
         self.space.uprobe(page, bytes)
     }
 
     /// Makes the pages of `range` usable by reference: they are in system memory, in frames that
-    /// stay theirs until the pin is dropped. Pages on devices come home.
+    /// stay theirs until the pin is dropped. Pages on devices come home, and private ones that
+    /// others share are copied first. Where the mapping allows no stores, zeroes never stored to
+    /// and pages of a privately mapped file are pinned as they are: a store, once it is allowed,
+    /// makes a copy that is not pinned.
+    ///
+    /// Announces [`Clear`](crate::EventKind::Clear) of pages that are copied.
     ///
     /// # Errors
     ///

@@ -1,8 +1,9 @@
 //! System memory: frames with contents, whose numbers are never used twice.
 //!
-//! A device that uses a translation after its time uses a frame number that is either free or in
-//! transit. Since no number is ever given out again, and every access names its frame here, each
-//! such access is detected, however unlucky its timing.
+//! A device that uses a translation after its page has left the frame uses a number that is either
+//! free or in transit. Since no number is ever given out again, and every access names its frame
+//! here, each such access is detected, however unlucky its timing. What is not known here is which
+//! frames may be stored to: a store through a translation that has become read-only goes through.
 
 use std::collections::BTreeMap;
 use std::fmt;

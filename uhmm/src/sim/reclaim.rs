@@ -10,9 +10,10 @@ use super::fault::Space;
 use super::object::{Location, ObjectId, PageObject};
 use super::page_table::{Announced, Concern, Entry, Sight, Target};
 use super::state::{Found, Shared, State};
-use super::vma::{Backing, Vma, huge_block};
+use super::vma::{Backing, huge_block};
 use crate::address_space::SpaceId;
 use crate::entry::{Access, Frame};
+use crate::error::FaultError;
 use crate::page::{Order, PAGE_SIZE, Page, PageRange};
 
 impl Space {
@@ -43,7 +44,6 @@ impl Space {
                         entry.writable = false;
                         entry.lazy = true;
                         entry.flags.dirty = false;
-                        entry.flags.young = false;
                     }),
                     Location::Device(_) | Location::Transit(_) => {}
                 }
@@ -135,8 +135,7 @@ impl Space {
         let mut split = 0;
         for id in ids {
             if !self.shared.injector.fails("split") {
-                self.shared.split(id);
-                split += 1;
+                split += u64::from(self.shared.split(id));
             }
         }
         split
@@ -185,15 +184,25 @@ impl Space {
                 None => Found::Concern(Concern::default()),
             };
             let done = self.shared.change(EventKind::Clear, None, find, |state, announced| {
-                if !state.vma(self.id, page).is_some_and(Vma::is_private) {
-                    return Err(SimError::NotPrivate { page });
+                match state.vma(self.id, page) {
+                    None => return Err(FaultError::Hole { page }.into()),
+                    Some(vma) if !vma.is_private() => return Err(SimError::NotPrivate { page }),
+                    Some(_) => {}
                 }
                 let Some(entry) = state.probeable(self.id, page) else { return Ok(false) };
+                if entry.object().is_some_and(|id| state.is_pinned(state.object(id))) {
+                    return Err(SimError::Pinned { page });
+                }
                 let from = state.frame_of(page, &entry, page).expect("it can be seen");
                 let to = state.ram.allocate(Order::PAGE).ok_or(SimError::OutOfMemory)?;
                 state.ram.copy(from, to, Order::PAGE);
                 state.ram.store(to, 0, bytes);
                 state.replace(self.id, page, to, announced);
+                // The bytes are in no file and were not there before.
+                state.table(self.id).change(page, announced, |entry| {
+                    entry.flags.dirty = true;
+                    entry.flags.soft_dirty = true;
+                });
                 Ok(true)
             })?;
             if done {

@@ -1,6 +1,6 @@
 //! Everything a machine is, under one lock, and the steps that keep its parts in agreement.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
@@ -35,8 +35,10 @@ pub(super) struct State {
     pub(super) spaces: BTreeMap<SpaceId, SpaceState>,
     pub(super) objects: BTreeMap<ObjectId, PageObject>,
     pub(super) files: BTreeMap<FileId, FileState>,
-    /// The thread that each isolation under way belongs to.
-    pub(super) isolations: BTreeMap<IsolationId, u64>,
+    /// The isolations under way.
+    pub(super) isolations: BTreeMap<IsolationId, IsolationState>,
+    /// The isolation that each sleeping thread waits for.
+    pub(super) waiting: BTreeMap<u64, IsolationId>,
     /// How often each frame is pinned.
     pub(super) pins: BTreeMap<Frame, u64>,
     /// Frames that belong to pins alone: their pages are gone.
@@ -54,6 +56,14 @@ pub(super) struct SpaceState {
     pub(super) notifiers: Arc<Subscriptions>,
     pub(super) vmas: Vmas,
     pub(super) table: PageTable,
+}
+
+/// What the machine knows of an isolation.
+pub(super) struct IsolationState {
+    /// The thread that it belongs to.
+    pub(super) thread: u64,
+    /// The frames that it has.
+    pub(super) frames: BTreeSet<u64>,
 }
 
 pub(super) struct FileState {
@@ -91,6 +101,7 @@ impl Shared {
             objects: BTreeMap::new(),
             files: BTreeMap::new(),
             isolations: BTreeMap::new(),
+            waiting: BTreeMap::new(),
             pins: BTreeMap::new(),
             orphans: BTreeMap::new(),
             resident: HashMap::new(),
@@ -133,10 +144,33 @@ impl Shared {
         find: impl Fn(&State) -> Found,
         apply: impl FnOnce(&mut State, &Announced<'_>) -> R,
     ) -> R {
+        let made = self.change_until(None, kind, owner, find, apply);
+        made.expect("without a deadline it goes on until it is done")
+    }
+
+    /// Does what [`change`](Shared::change) does, but begins nothing after `deadline`: if it passes
+    /// before the change was made, it is not made, and this returns nothing.
+    pub(super) fn change_until<R>(
+        &self,
+        deadline: Option<Instant>,
+        kind: EventKind,
+        owner: Option<Owner>,
+        find: impl Fn(&State) -> Found,
+        apply: impl FnOnce(&mut State, &Announced<'_>) -> R,
+    ) -> Option<R> {
+        // Everything found so far is announced, also in vain: what comes and goes cannot keep a
+        // change from being made for ever.
+        let mut so_far = Concern::default();
         loop {
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                return None;
+            }
             let found = find(&self.lock());
             let places = match found {
-                Found::Concern(concern) => self.places(concern),
+                Found::Concern(concern) => {
+                    so_far.join(concern);
+                    self.places(so_far.clone())
+                }
                 Found::Split(id) => {
                     self.split(id);
                     continue;
@@ -152,7 +186,7 @@ impl Shared {
                 drop(announced);
                 // A page in transit may have been unmapped.
                 self.wake();
-                return result;
+                return Some(result);
             }
         }
     }
@@ -179,14 +213,16 @@ impl Shared {
         concern.runs().into_iter().filter_map(place).collect()
     }
 
-    /// Splits a large page that can be seen, if it still is one.
-    pub(super) fn split(&self, id: ObjectId) {
+    /// Splits a large page that can be seen, if it still is one. Says whether it was.
+    pub(super) fn split(&self, id: ObjectId) -> bool {
         let find = |state: &State| Found::Concern(state.splittable(id));
         self.change(EventKind::Clear, None, find, |state, announced| {
-            if !state.splittable(id).runs().is_empty() {
+            let large = !state.splittable(id).runs().is_empty();
+            if large {
                 state.split_object(id, Some(announced));
             }
-        });
+            large
+        })
     }
 }
 
@@ -406,7 +442,9 @@ impl State {
 
     pub(super) fn forget_mapping(&mut self, space: SpaceId, page: Page, entry: &Entry) {
         if let Some(id) = entry.object() {
-            self.object_mut(id).mappings.remove(&(space, page));
+            let object = self.object_mut(id);
+            object.mappings.remove(&(space, page));
+            object.dirty |= entry.flags.dirty;
             self.free_if_unused(id);
         }
     }
