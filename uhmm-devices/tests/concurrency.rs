@@ -182,6 +182,14 @@ fn cpu(world: &World, process: &Process, random: &mut Random) {
     }
 }
 
+/// Somebody who serves faults beside the service.
+fn helper(world: &World) {
+    for _ in 0..STEPS {
+        world.gpu.service_once();
+        thread::yield_now();
+    }
+}
+
 /// Somebody who moves pages about.
 fn mover(world: &World, process: &Process, random: &mut Random) {
     let space = process.address_space();
@@ -217,6 +225,9 @@ fn round(seed: u64) {
         let random = Random::new(seed.wrapping_mul(31).wrapping_add(number as u64));
         spawn(Box::new(move |world| run_kernel(world, &context, random, end)));
     }
+    for _ in 0..random.below(3) {
+        spawn(Box::new(helper));
+    }
     let (user, mut own) = (process.clone(), Random::new(!seed));
     spawn(Box::new(move |world| cpu(world, &user, &mut own)));
     let (user, mut own) = (process.clone(), Random::new(seed.rotate_left(7)));
@@ -248,7 +259,7 @@ fn round(seed: u64) {
 /// Checks that nothing is left of a round.
 fn finish(world: &World) {
     // Whoever was the last user has started the death, if not gone through it.
-    while world.machine.frames() != 0 || world.gpu.memory().available() != DEVICE_PAGES {
+    while world.machine.frames() != 0 || common::used(&world.gpu) != 0 {
         thread::yield_now();
     }
     assert_eq!((world.gpu.pending_faults(), world.gpu.stalled_contexts()), (0, 0));
@@ -282,6 +293,35 @@ fn lost_flush() -> bool {
     reader.join().expect("a GPU that does not flush finds no hole");
     drop((service, mirror));
     !machine.violations().is_empty()
+}
+
+/// A kernel stores to a page that goes home from a GPU that does not flush: whether a store that
+/// came after the copy, and before the page had its new place, is noticed.
+#[cfg(shuttle)]
+fn lost_store() -> bool {
+    use uhmm::primitive::atomic::AtomicBool;
+
+    let machine = Machine::new();
+    let process = machine.spawn();
+    process.map(range(0, 1), Mapping::anonymous(Access::Write)).expect("there is room");
+    let gpu = SoftGpu::new(options(1).break_flush());
+    let mirror = common::mirror(&gpu, &process);
+    let service = gpu.start_service().expect("nobody serves");
+    let context = gpu.context(&mirror).expect("the mirror lives");
+    let begun = Arc::new(AtomicBool::new(false));
+    let begins = Arc::clone(&begun);
+    let writer = context.spawn(move |view| {
+        for value in 0..8_u64 {
+            view.store(word(0), value)?;
+            begins.store(true, SeqCst);
+        }
+        Ok(())
+    });
+    common::until(|| begun.load(SeqCst));
+    process.address_space().migrate_home(range(0, 1));
+    writer.join().expect("a GPU that does not flush finds no hole");
+    drop((service, mirror));
+    gpu.violations().iter().any(|violation| violation.contains("after it was copied out"))
 }
 
 /// The seed of this run: that of the environment, or one like no other.
@@ -342,6 +382,12 @@ fn everything_at_once() {
 #[cfg(shuttle)]
 #[test]
 fn a_lost_flush_is_found_among_schedules() {
+    found_among_schedules(lost_flush);
+    found_among_schedules(lost_store);
+}
+
+#[cfg(shuttle)]
+fn found_among_schedules(finds: fn() -> bool) {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     let found = Arc::new(AtomicUsize::new(0));
@@ -349,7 +395,7 @@ fn a_lost_flush_is_found_among_schedules() {
     shuttle::check_random(
         move || {
             // Relaxed: the schedules of a check are drawn by one thread.
-            counted.fetch_add(usize::from(lost_flush()), Ordering::Relaxed);
+            counted.fetch_add(usize::from(finds()), Ordering::Relaxed);
         },
         1_000,
     );

@@ -6,12 +6,15 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{MIRRORED, Rig, mirror, options, page, range, until, word};
-use uhmm::policy::{DeviceFault, DevicePlan, Policies, Policy};
+use common::{MIRRORED, Rig, mirror, options, page, range, word};
+use uhmm::policy::{DeviceFault, DevicePlan, Location, Policies, Policy};
+use uhmm::primitive::atomic::{AtomicUsize, Ordering::SeqCst};
+use uhmm::primitive::{Condvar, Mutex, lock, wait};
 use uhmm::sim::{Machine, MachineOptions, Mapping};
-use uhmm::{Access, Injector, PagemapOptions, Released};
+use uhmm::{Access, Clock, Injector, PagemapOptions, Released};
 use uhmm_devices::gpu::{
-    AlreadyServed, FaultReason, KernelFault, ReplayPolicy, RunningKernel, SoftGpu, SoftGpuOptions,
+    FaultReason, FaultService, KernelFault, ReplayPolicy, RunningKernel, ServiceError, SoftGpu,
+    SoftGpuOptions,
 };
 
 fn fault<T>(reason: FaultReason, address: u64, access: Access) -> Result<T, KernelFault> {
@@ -33,7 +36,7 @@ impl Rig {
 
     /// Waits until so many faults are in the buffer.
     fn wait_for_faults(&self, faults: usize) {
-        until(|| self.gpu.pending_faults() == faults);
+        self.until(|| self.gpu.pending_faults() == faults);
     }
 
     /// Makes one access with a service running.
@@ -162,6 +165,65 @@ fn a_copy_that_keeps_failing_is_fatal_in_the_end() {
     rig.finish();
 }
 
+/// An access that was reported twice has failed once.
+#[test]
+fn a_try_is_charged_to_an_access_and_not_to_its_packets() {
+    let rig = Rig::new(1, options(4));
+    rig.process.store_u64(word(0), 9).unwrap();
+    assert_eq!(rig.served(|rig| rig.load(word(0))), Ok(9));
+    let other = SoftGpu::new(options(0).max_retries(1));
+    let other_mirror = mirror(&other, &rig.process);
+    let context = other.context(&other_mirror).unwrap();
+    other.injector().fail("duplicate-fault", 0);
+    rig.gpu.injector().fail("copy", 0);
+    let kernel = context.spawn(|view| view.load::<u64>(word(0)));
+    rig.until(|| other.pending_faults() == 2);
+    let service = other.start_service().unwrap();
+    assert_eq!(kernel.join(), Ok(9));
+    assert_eq!(other.fault_statistics().retried, 1);
+    drop(service);
+    drop(other_mirror);
+    rig.finish();
+}
+
+/// Between tries some time passes, more each time.
+#[test]
+fn tries_are_not_used_up_in_no_time() {
+    let rig = Rig::new(1, options(4));
+    rig.process.store_u64(word(0), 9).unwrap();
+    assert_eq!(rig.served(|rig| rig.load(word(0))), Ok(9));
+    let clock = Clock::manual();
+    let pagemap = PagemapOptions::new().policies(Policies::none()).clock(clock.clone());
+    let other = SoftGpu::new(options(4).pagemap(pagemap).max_retries(3));
+    let other_mirror = mirror(&other, &rig.process);
+    let service = other.start_service().unwrap();
+    let context = other.context(&other_mirror).unwrap();
+    rig.gpu.injector().fail_always("copy");
+    let result = context.run(|view| view.load::<u64>(word(0)));
+    assert_eq!(result, fault(FaultReason::Internal, word(0), Access::Read));
+    assert_eq!(clock.now(), Duration::from_micros(10 + 20 + 40));
+    rig.gpu.injector().clear();
+    drop((service, context));
+    drop(other_mirror);
+    rig.finish();
+}
+
+/// A page that is pinned cannot be held for atomic operations until the pin is over.
+#[test]
+fn an_atomic_operation_waits_for_a_pin_to_pass() {
+    let rig = Rig::new(1, options(0).max_retries(u32::MAX));
+    rig.process.store_u64(word(0), 5).unwrap();
+    let pin = rig.process.pin(range(0, 1)).unwrap();
+    let service = rig.gpu.start_service().unwrap();
+    let kernel = rig.add(word(0), 1);
+    rig.until(|| rig.gpu.fault_statistics().retried >= 3 || kernel.is_finished());
+    drop(pin);
+    assert_eq!(kernel.join(), Ok(5));
+    drop(service);
+    assert_eq!(rig.process.load_u64(word(0)).unwrap(), 6);
+    rig.finish();
+}
+
 // Batches (F61).
 
 /// Readers and a writer of one page that must not be written: the readers go on (F63).
@@ -226,10 +288,11 @@ fn a_full_fault_buffer_makes_contexts_wait() {
     let rig = Rig::new(6, options(8).fault_buffer(2));
     rig.fill(6, 100);
     let kernels: Vec<_> = (0..6).map(|index| rig.load(word(index))).collect();
-    until(|| rig.gpu.fault_statistics().reported == 6);
+    rig.until(|| rig.gpu.fault_statistics().reported == 6);
     assert_eq!(rig.gpu.pending_faults(), 2);
     assert_eq!(rig.gpu.fault_statistics().overflows, 4);
-    until(|| {
+    rig.until(|| rig.gpu.stalled_contexts() == 6);
+    rig.until(|| {
         rig.gpu.service_once();
         kernels.iter().all(RunningKernel::is_finished)
     });
@@ -248,7 +311,7 @@ fn faults_that_cannot_be_served_do_not_go_round() {
         let kernels = [10, 20, 30].map(|hole| rig.load(word(hole)));
         rig.wait_for_faults(3);
         let mut fetched = 0;
-        until(|| {
+        rig.until(|| {
             fetched += rig.gpu.service_once().fetched;
             assert!(fetched < 100, "the same faults come again and again");
             kernels.iter().all(RunningKernel::is_finished)
@@ -284,7 +347,7 @@ fn replays(policy: ReplayPolicy) -> (u64, u64) {
     let kernels = addresses.map(|address| rig.load(address));
     rig.wait_for_faults(3);
     let mut fetched = rig.gpu.service_once().fetched;
-    until(|| {
+    rig.until(|| {
         fetched += rig.gpu.service_once().fetched;
         kernels.iter().all(RunningKernel::is_finished)
     });
@@ -328,7 +391,7 @@ fn f62_blocks_are_replayed_one_by_one_and_batches_at_once() {
 fn d11_a_service_that_is_stopped_leaves_nobody_asleep() {
     let rig = Rig::new(2, options(8));
     let service = rig.gpu.start_service().unwrap();
-    assert_eq!(rig.gpu.start_service().err(), Some(AlreadyServed));
+    assert!(matches!(rig.gpu.start_service(), Err(ServiceError::AlreadyServed)));
     assert_eq!(rig.load(word(0)).join(), Ok(0));
     drop(service);
     let stopped = fault(FaultReason::Stopped, word(1), Access::Read);
@@ -343,29 +406,133 @@ fn d11_a_service_that_is_stopped_leaves_nobody_asleep() {
     rig.finish();
 }
 
+/// A policy that makes the first fault wait until it is told to go on.
+#[derive(Debug, Default)]
+struct Gate {
+    faults: AtomicUsize,
+    opened: Mutex<bool>,
+    opens: Condvar,
+}
+
+impl Gate {
+    fn open(&self) {
+        *lock(&self.opened) = true;
+        self.opens.notify_all();
+    }
+}
+
+impl Policy for Gate {
+    fn name(&self) -> &'static str {
+        "gate"
+    }
+
+    fn device_fault(&self, _: &DeviceFault<'_>, plan: &mut DevicePlan) {
+        // In place, so that the page is copied home once, or fails to be.
+        plan.location = Location::System;
+        if self.faults.fetch_add(1, SeqCst) > 0 {
+            return;
+        }
+        let mut opened = lock(&self.opened);
+        while !*opened {
+            (opened, _) = wait(&self.opens, opened, None);
+        }
+    }
+}
+
+/// Stops a service while it serves the first fault, and lets it go on.
+fn stop_in_the_middle(rig: &Rig, gpu: &SoftGpu, gate: &Gate, service: FaultService) {
+    rig.until(|| gate.faults.load(SeqCst) == 1);
+    std::thread::scope(|scope| {
+        scope.spawn(move || drop(service));
+        rig.until(|| !gpu.accepts_faults());
+        gate.open();
+    });
+    assert_eq!((gpu.pending_faults(), gpu.stalled_contexts()), (0, 0));
+}
+
+fn gated(memory: u64) -> (Arc<Gate>, SoftGpuOptions) {
+    let gate = Arc::new(Gate::default());
+    let policies = Policies::new([Arc::clone(&gate) as Arc<dyn Policy>]);
+    (gate, options(memory).pagemap(PagemapOptions::new().policies(policies)))
+}
+
+const REPLAYS: [ReplayPolicy; 4] =
+    [ReplayPolicy::Block, ReplayPolicy::Batch, ReplayPolicy::BatchFlush, ReplayPolicy::Once];
+
+/// While one thread is busy with a page, another serves the next.
+#[test]
+fn f61_faults_are_served_by_several_threads_at_once() {
+    for policy in REPLAYS {
+        let (gate, options) = gated(8);
+        let rig = Rig::new(2, options.batch(1).fault_buffer(2).replay(policy));
+        rig.fill(2, 40);
+        let first = rig.load(word(0));
+        rig.wait_for_faults(1);
+        std::thread::scope(|scope| {
+            scope.spawn(|| rig.gpu.service_once());
+            rig.until(|| gate.faults.load(SeqCst) == 1);
+            let second = rig.load(word(1));
+            rig.wait_for_faults(1);
+            assert_eq!(rig.gpu.service_once().pages, 1);
+            assert_eq!(second.join(), Ok(41), "{policy:?}");
+            gate.open();
+        });
+        // It was replayed with the other, and again when it had been served.
+        assert_eq!(first.join(), Ok(40), "{policy:?}");
+        rig.finish();
+    }
+}
+
+/// Also those that are replayed before their turn, and come again when the service has been told to
+/// stop.
 #[test]
 fn d11_faults_in_the_buffer_are_served_before_a_service_ends() {
-    for policy in [ReplayPolicy::Once, ReplayPolicy::Batch, ReplayPolicy::BatchFlush] {
-        for _ in 0..20 {
-            let rig = Rig::new(8, options(8).batch(1).fault_buffer(8).replay(policy));
-            rig.fill(8, 0);
-            let kernels: Vec<_> = (0..8).map(|index| rig.load(word(index))).collect();
-            rig.wait_for_faults(8);
-            drop(rig.gpu.start_service().unwrap());
-            assert_eq!((rig.gpu.pending_faults(), rig.gpu.stalled_contexts()), (0, 0));
-            for (index, kernel) in (0..8).zip(kernels) {
-                match kernel.join() {
-                    Ok(value) => assert_eq!(value, index),
-                    // Replayed before its turn, and too late when it came again.
-                    Err(fault) if policy != ReplayPolicy::Once => {
-                        assert_eq!(fault.reason, FaultReason::Stopped);
-                    }
-                    Err(fault) => panic!("{fault}"),
-                }
-            }
+    for policy in REPLAYS {
+        for batch in [1, 3] {
+            let (gate, options) = gated(8);
+            let rig = Rig::new(1200, options.batch(batch).fault_buffer(3).replay(policy));
+            let kernels = [0, 550, 1100].map(|index| rig.load(word(index)));
+            rig.wait_for_faults(3);
+            let service = rig.gpu.start_service().unwrap();
+            stop_in_the_middle(&rig, &rig.gpu, &gate, service);
+            assert_eq!(kernels.map(RunningKernel::join), [Ok(0), Ok(0), Ok(0)], "{policy:?}");
+            let stopped = fault(FaultReason::Stopped, word(2), Access::Read);
+            assert_eq!(rig.load(word(2)).join(), stopped, "what begins later is refused");
             rig.finish();
         }
     }
+}
+
+/// A fault whose service fails in a way that may pass is under way too.
+#[test]
+fn d11_a_retry_is_served_before_a_service_ends() {
+    for policy in REPLAYS {
+        let rig = Rig::new(1, options(4));
+        rig.process.store_u64(word(0), 9).unwrap();
+        assert_eq!(rig.served(|rig| rig.load(word(0))), Ok(9));
+        let (gate, options) = gated(4);
+        let other = SoftGpu::new(options.replay(policy));
+        let other_mirror = mirror(&other, &rig.process);
+        let context = other.context(&other_mirror).unwrap();
+        let kernel = context.spawn(|view| view.load::<u64>(word(0)));
+        rig.until(|| other.pending_faults() == 1);
+        rig.gpu.injector().fail("copy", 0);
+        stop_in_the_middle(&rig, &other, &gate, other.start_service().unwrap());
+        assert_eq!(kernel.join(), Ok(9), "{policy:?}");
+        assert_eq!(other.fault_statistics().retried, 1);
+        drop(other_mirror);
+        rig.finish();
+    }
+}
+
+#[test]
+fn a_service_that_gets_no_thread_leaves_room_for_another() {
+    let rig = Rig::new(1, options(8));
+    rig.gpu.injector().fail("service-thread", 0);
+    let none = rig.gpu.start_service();
+    assert!(matches!(none, Err(ServiceError::NoThread(_))), "{none:?}");
+    assert_eq!(rig.served(|rig| rig.load(word(0))), Ok(0));
+    rig.finish();
 }
 
 /// A policy with a bug.
@@ -389,10 +556,32 @@ fn a_service_that_panics_leaves_nobody_asleep() {
     let rig = Rig::new(2, options);
     let stopped = |index| fault(FaultReason::Stopped, word(index), Access::Read);
     let service = rig.gpu.start_service().unwrap();
-    assert_eq!(rig.load(word(0)).join(), stopped(0));
+    let internal = fault(FaultReason::Internal, word(0), Access::Read);
+    assert_eq!(rig.load(word(0)).join(), internal);
+    // Whoever comes while the thread still unwinds is told as well.
+    rig.until(|| !rig.gpu.accepts_faults());
     assert_eq!(rig.load(word(1)).join(), stopped(1));
-    assert_eq!(rig.gpu.violations(), ["the fault service panicked"]);
+    assert_eq!(rig.gpu.violations(), [format!("serving a fault at {} panicked", page(0))]);
     drop(service);
+}
+
+/// The same of a caller who serves: the buffer stays open.
+#[test]
+fn a_caller_who_panics_while_serving_leaves_nobody_asleep() {
+    let policies = Policies::new([Arc::new(Panics) as Arc<dyn Policy>]);
+    let rig = Rig::new(2, options(8).pagemap(PagemapOptions::new().policies(policies)));
+    let kernels = [rig.load(word(0)), rig.load(word(1))];
+    rig.wait_for_faults(2);
+    let serve =
+        || std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| rig.gpu.service_once()));
+    serve().expect_err("the policy panics");
+    // The other was replayed, and reports again.
+    rig.wait_for_faults(1);
+    serve().expect_err("the policy panics");
+    let internal = [0, 1].map(|index| fault(FaultReason::Internal, word(index), Access::Read));
+    assert_eq!(kernels.map(RunningKernel::join), internal);
+    assert_eq!(rig.gpu.violations().len(), 2);
+    assert!(rig.gpu.accepts_faults());
 }
 
 #[test]

@@ -3,12 +3,13 @@
 
 mod common;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use common::{Rig, mirror, options, range, word};
-use uhmm::{PAGE_SIZE, Residency};
-use uhmm_devices::gpu::kernels::{ListNode, chase, histogram, saxpy};
-use uhmm_devices::gpu::{CompareError, Difference, SoftGpu, compare};
+use uhmm::sim::{Machine, Mapping};
+use uhmm::{Access, PAGE_SIZE, Page, PageRange, Residency};
+use uhmm_devices::gpu::kernels::{Chased, ListNode, chase, histogram, saxpy};
+use uhmm_devices::gpu::{CompareError, Difference, FaultReason, KernelFault, SoftGpu, compare};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -117,6 +118,90 @@ fn a_list_is_followed_wherever_its_nodes_are() {
         drop(service);
         rig.finish();
     }
+}
+
+/// A list built of boxes, each wherever this program's own allocator put it: the simulated process
+/// has the same bytes at the same addresses.
+#[test]
+fn a_list_built_of_boxes_is_followed_at_its_own_addresses() {
+    const NODES: usize = 499;
+    let mut boxes: Vec<Box<ListNode>> =
+        (0..NODES as u64).map(|node| Box::new(ListNode { next: 0, value: node * node })).collect();
+    let address = |node: &ListNode| std::ptr::from_ref(node).addr() as u64;
+    // 7 and the prime share no factor: every box has its turn, and neighbours are far apart.
+    let order: Vec<usize> = (0..NODES).map(|turn| turn * 7 % NODES).collect();
+    for turns in order.windows(2) {
+        boxes[turns[0]].next = address(&boxes[turns[1]]);
+    }
+    let head = address(&boxes[order[0]]);
+    // What a CPU finds, following the same addresses.
+    let places: BTreeMap<u64, &ListNode> =
+        boxes.iter().map(|node| (address(node), &**node)).collect();
+    let mut expected = Chased { nodes: 0, sum: 0, rest: head };
+    while let Some(node) = places.get(&expected.rest) {
+        expected =
+            Chased { nodes: expected.nodes + 1, sum: expected.sum + node.value, rest: node.next };
+    }
+    assert_eq!((expected.nodes, expected.rest), (NODES as u64, 0));
+    let ends = places.keys().flat_map(|at| [*at, at + ListNode::SIZE as u64 - 1]);
+    let pages: BTreeSet<Page> = ends.map(Page::containing).collect();
+    let all = PageRange::from_bounds(*pages.first().unwrap(), *pages.last().unwrap()).unwrap();
+
+    for memory in MEMORIES {
+        let machine = Machine::new();
+        let process = machine.spawn();
+        for &page in &pages {
+            process.map(page.into(), Mapping::anonymous(Access::Write)).unwrap();
+        }
+        for (&at, node) in &places {
+            process.store(at, &node.to_bytes()).unwrap();
+        }
+        let gpu = SoftGpu::new(options(memory));
+        let mirror = gpu.mirror(process.address_space(), all).unwrap();
+        let service = gpu.start_service().unwrap();
+        let context = gpu.context(&mirror).unwrap();
+        let found = context.run(|view| chase(view, head, u64::MAX)).unwrap();
+        assert_eq!(found, expected, "with {memory} pages of device memory");
+        gpu.check([&*mirror]).unwrap();
+        drop((context, service, mirror));
+        process.exit();
+        common::check_empty(&machine, &gpu);
+    }
+}
+
+/// Addresses that lead past the top of the address space are faults, whatever they come from.
+#[test]
+fn wild_addresses_are_faults_of_the_operation() {
+    const TOP: u64 = u64::MAX - 7;
+    let rig = Rig::new(2, options(8));
+    let service = rig.gpu.start_service().unwrap();
+    let context = rig.context();
+    let wild = |result: Result<(), KernelFault>, address, access| {
+        let reason = FaultReason::Operation;
+        assert_eq!(result, Err(KernelFault { reason, address, access }));
+    };
+    wild(context.run(|view| chase(view, TOP, 1).map(drop)), TOP, Access::Read);
+    rig.process.store_u64(word(0) + 16, TOP).unwrap();
+    wild(context.run(|view| chase(view, word(0) + 16, 2).map(drop)), TOP, Access::Read);
+    let huge = u64::MAX - 4095;
+    rig.process.store(word(0), &[255]).unwrap();
+    let result = context.run(|view| histogram(view, word(0), 1, TOP, 256));
+    wild(result, TOP, Access::Atomic);
+    let (x, y) = (word(0), word(1));
+    let not_there =
+        KernelFault { reason: FaultReason::Address, address: huge, access: Access::Read };
+    assert_eq!(context.run(|view| saxpy(view, 1, 1.0, huge, y)), Err(not_there));
+    assert_eq!(context.run(|view| saxpy(view, 1, 1.0, x, huge)), Err(not_there));
+    context
+        .run(|view| {
+            let past = compare(view, TOP, 9, |_, _| Ok::<_, ()>(()));
+            let Err(CompareError::Device(fault)) = past else { panic!("{past:?}") };
+            wild(Err(fault), TOP, Access::Read);
+            Ok(())
+        })
+        .unwrap();
+    drop((service, context));
+    rig.finish();
 }
 
 /// Two GPUs and a CPU work on one page, which goes from one to the other.

@@ -83,7 +83,7 @@ fn a_kernel_stores_to_nothing_that_an_exit_has_freed() {
         // A fault under way may have been the last user: then the death may come after this.
         drop(mirror.unregister());
         drop(service);
-        common::until(|| machine.frames() == 0 && gpu.memory().available() == round % 3);
+        common::until(|| machine.frames() == 0 && common::used(&gpu) == 0);
         check_empty(&machine, &gpu);
     }
 }

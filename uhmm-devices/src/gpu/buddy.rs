@@ -21,9 +21,10 @@ pub(crate) struct Buddy {
     available: u64,
 }
 
-/// A block was freed of which a part is free.
+/// A block was freed that was not given out: a part of it is free or beyond the end, or it is not
+/// aligned to its size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct FreedTwice;
+pub(crate) struct NotHeld;
 
 impl Buddy {
     /// Makes an allocator of `capacity` frames, all of them free.
@@ -53,11 +54,18 @@ impl Buddy {
         Some(first)
     }
 
-    /// Takes a block back.
-    pub(crate) fn free(&mut self, first: u64, order: Order) -> Result<(), FreedTwice> {
-        if self.any_free(first, order) || first + order.pages() > self.capacity {
-            return Err(FreedTwice);
+    /// Tells whether a block may come back.
+    pub(crate) fn check_held(&self, first: u64, order: Order) -> Result<(), NotHeld> {
+        let within = first.checked_add(order.pages()).is_some_and(|end| end <= self.capacity);
+        if !within || !first.is_multiple_of(order.pages()) || self.any_free(first, order) {
+            return Err(NotHeld);
         }
+        Ok(())
+    }
+
+    /// Takes a block back.
+    pub(crate) fn free(&mut self, first: u64, order: Order) -> Result<(), NotHeld> {
+        self.check_held(first, order)?;
         self.available += order.pages();
         let (mut first, mut order) = (first, usize::from(order.get()));
         while order + 1 < ORDERS && self.free[order].remove(&(first ^ (1 << order))) {

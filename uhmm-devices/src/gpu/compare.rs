@@ -1,9 +1,9 @@
 //! Do the device and a CPU see the same?
 
-use uhmm::PAGE_SIZE;
+use uhmm::{Access, PAGE_SIZE};
 
 use super::fault::KernelFault;
-use super::view::DeviceMemoryView;
+use super::view::{DeviceMemoryView, within};
 
 /// How many differences are kept.
 const KEPT: usize = 64;
@@ -61,13 +61,15 @@ impl Comparison {
 ///
 /// # Errors
 ///
-/// [`CompareError`], where one of the two cannot read.
+/// [`CompareError`], where one of the two cannot read, or the bytes go past the top of the address
+/// space.
 pub fn compare<E>(
     view: &DeviceMemoryView<'_>,
     address: u64,
     length: u64,
     mut cpu: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
 ) -> Result<Comparison, CompareError<E>> {
+    within(address, length, Access::Read).map_err(CompareError::Device)?;
     let mut found = Comparison::default();
     let (mut seen, mut expected) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
     while found.bytes < length {
@@ -77,11 +79,11 @@ pub fn compare<E>(
         let (seen, expected) = (&mut seen[..count], &mut expected[..count]);
         view.read(at, seen).map_err(CompareError::Device)?;
         cpu(at, expected).map_err(|error| CompareError::Cpu { address: at, error })?;
-        for (address, (&device, &cpu)) in (at..).zip(seen.iter().zip(expected.iter())) {
+        for (offset, (&device, &cpu)) in seen.iter().zip(expected.iter()).enumerate() {
             if device != cpu {
                 found.differing += 1;
                 if found.differences.len() < KEPT {
-                    found.differences.push(Difference { address, device, cpu });
+                    found.differences.push(Difference { address: at + offset as u64, device, cpu });
                 }
             }
         }

@@ -4,13 +4,13 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use uhmm::primitive::atomic::AtomicU32;
+use uhmm::primitive::atomic::{AtomicU32, Ordering};
 use uhmm::primitive::{lock, thread};
 use uhmm::{Access, MirrorHandle, PAGE_SIZE, Page, Released};
 
 use super::SoftGpu;
 use super::fault::{FaultReason, KernelFault};
-use super::fault_buffer::{Outcome, Packet};
+use super::fault_buffer::{FaultBuffer, Outcome, Packet};
 use super::tables::Tables;
 use super::tlb::{Tlb, TlbCell};
 use super::tree::{Leaf, Target};
@@ -33,11 +33,21 @@ pub struct RunningKernel<R> {
     thread: thread::JoinHandle<Result<R, KernelFault>>,
 }
 
-/// The faults of one access.
-struct Faults {
+/// How long an access waits after the first try that failed in a way that may pass. It waits twice
+/// as long after each further one.
+const FIRST_PAUSE: Duration = Duration::from_micros(10);
+
+/// How long it waits at most.
+const LONGEST_PAUSE: Duration = Duration::from_millis(10);
+
+/// The faults of one access. Its drop ends the access.
+struct Faults<'a> {
+    buffer: &'a FaultBuffer,
     packet: Packet,
     /// Until when they may take; `None` is for ever.
     deadline: Option<Instant>,
+    /// The tries that have been paused after.
+    paused: u32,
 }
 
 impl Context {
@@ -145,6 +155,7 @@ impl Context {
             if let Outcome::Cancelled(reason) = self.report(faults) {
                 return Err(KernelFault { reason, address, access });
             }
+            self.pause(faults);
         }
         Err(KernelFault { reason: FaultReason::Internal, address, access })
     }
@@ -167,7 +178,7 @@ impl Context {
     }
 
     /// Begins the faults of an access.
-    fn faults(&self, page: Page, access: Access) -> Faults {
+    fn faults(&self, page: Page, access: Access) -> Faults<'_> {
         let packet = Packet {
             ticket: None,
             handle: self.handle.clone(),
@@ -176,11 +187,12 @@ impl Context {
             access,
             failures: Arc::new(AtomicU32::new(0)),
         };
-        Faults { packet, deadline: in_future(self.gpu.options().patience) }
+        let deadline = in_future(self.gpu.options().patience);
+        Faults { buffer: self.gpu.faults(), packet, deadline, paused: 0 }
     }
 
     /// Reports a fault and sleeps until it has an outcome.
-    fn report(&self, faults: &mut Faults) -> Outcome {
+    fn report(&self, faults: &mut Faults<'_>) -> Outcome {
         let injector = self.gpu.injector();
         if injector.fails("overflow") {
             self.gpu.faults().overflow();
@@ -188,7 +200,22 @@ impl Context {
             return Outcome::Replayed;
         }
         let twice = injector.fails("duplicate-fault");
-        self.gpu.faults().report(&mut faults.packet, twice, faults.deadline)
+        faults.buffer.report(&mut faults.packet, twice, faults.deadline)
+    }
+
+    /// Gives what was in the way of the last try some time to pass: else the tries would be over
+    /// in no time. Nothing is held meanwhile, and no other context waits for it.
+    fn pause(&self, faults: &mut Faults<'_>) {
+        // Relaxed: written by the service before the outcome, which came under the buffer's lock.
+        let failures = faults.packet.failures.load(Ordering::Relaxed);
+        if failures == faults.paused {
+            return;
+        }
+        faults.paused = failures;
+        let longer = FIRST_PAUSE.saturating_mul(1 << (failures - 1).min(16)).min(LONGEST_PAUSE);
+        let now = Instant::now();
+        let left = faults.deadline.map_or(longer, |end| end.saturating_duration_since(now));
+        self.gpu.clock().sleep(longer.min(left));
     }
 }
 
@@ -222,6 +249,14 @@ impl<R> RunningKernel<R> {
     #[cfg(not(shuttle))]
     pub fn is_finished(&self) -> bool {
         self.thread.is_finished()
+    }
+}
+
+impl Drop for Faults<'_> {
+    fn drop(&mut self) {
+        if self.packet.ticket.is_some() {
+            self.buffer.end_access();
+        }
     }
 }
 

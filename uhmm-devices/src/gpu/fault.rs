@@ -1,6 +1,6 @@
 //! Why an access of a kernel failed.
 
-use uhmm::{Access, FaultError};
+use uhmm::{Access, FaultError, StayReason};
 
 /// An access that the device could not make: what a kernel ends with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,7 +28,7 @@ pub enum FaultReason {
     /// have to itself.
     #[error("the page cannot be used in this way")]
     Type,
-    /// There is no system memory for the page.
+    /// There is no memory for the page.
     #[error("there is no memory for the page")]
     OutOfMemory,
     /// Serving the fault kept failing, although nothing is wrong with the access.
@@ -43,8 +43,9 @@ pub enum FaultReason {
     /// The device's fault service was stopped.
     #[error("the device was stopped")]
     Stopped,
-    /// Nobody served the fault for as long as the context had patience.
-    #[error("nobody serves the device's faults")]
+    /// The access had no outcome for as long as the context had patience: nobody served its fault,
+    /// or the buffer was full all the time.
+    #[error("the fault was not served in time")]
     Unserved,
 }
 
@@ -64,27 +65,44 @@ impl Verdict {
             | FaultError::TimedOut { .. }
             // The page is whole, on a device that could not copy it this time.
             | FaultError::CopyFailed { .. } => Verdict::Retry,
+            FaultError::Stuck { reason, .. } => match Verdict::of_stay(*reason) {
+                memory @ Verdict::Fatal(FaultReason::OutOfMemory) => memory,
+                _ => Verdict::Retry,
+            },
             FaultError::Hole { .. }
             | FaultError::OutOfRange { .. }
             | FaultError::EndOfFile { .. } => Verdict::Fatal(FaultReason::Address),
             FaultError::Denied { .. } => Verdict::Fatal(FaultReason::Permission),
-            FaultError::NotExclusive { reason, .. } => Verdict::of_hold(*reason),
+            FaultError::NotExclusive { reason, .. } => Verdict::of_stay(*reason),
             FaultError::OutOfMemory { .. } => Verdict::Fatal(FaultReason::OutOfMemory),
             FaultError::Released => Verdict::Fatal(FaultReason::Gone),
             _ => Verdict::Fatal(FaultReason::Internal),
         }
     }
 
-    /// A hold that failed because of what the page is, or because of what goes on with it.
-    fn of_hold(reason: uhmm::StayReason) -> Verdict {
-        use uhmm::StayReason;
+    /// A page that could not be had because of what it is, or because of what goes on with it.
+    fn of_stay(reason: StayReason) -> Verdict {
         match reason {
-            StayReason::InTransit
+            StayReason::Hole => Verdict::Fatal(FaultReason::Address),
+            StayReason::Denied => Verdict::Fatal(FaultReason::Permission),
+            StayReason::FileBacked | StayReason::Shared => Verdict::Fatal(FaultReason::Type),
+            StayReason::OutOfDeviceMemory | StayReason::OutOfSystemMemory => {
+                Verdict::Fatal(FaultReason::OutOfMemory)
+            }
+            // Pins end, copies and splits are tried again, and the others are moments of a move.
+            StayReason::Pinned
+            | StayReason::InTransit
+            | StayReason::Exclusive
+            | StayReason::SwappedOut
+            | StayReason::AlreadyThere
+            | StayReason::Elsewhere
             | StayReason::Changed
             | StayReason::Busy
+            | StayReason::LargePage
+            | StayReason::CopyFailed
             | StayReason::Gone
-            | StayReason::Exclusive => Verdict::Retry,
-            _ => Verdict::Fatal(FaultReason::Type),
+            | StayReason::Policy => Verdict::Retry,
+            _ => Verdict::Fatal(FaultReason::Internal),
         }
     }
 }

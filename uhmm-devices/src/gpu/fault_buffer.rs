@@ -25,6 +25,14 @@
 //! ([`close`](FaultBuffer::close)). A buffer that is full makes a context wait the same way. Where
 //! nobody serves the buffer at all, a context gives up after its patience.
 //!
+//! # Stop and drain
+//!
+//! An access is under way from the ticket it gets with its first fault until
+//! [`end_access`](FaultBuffer::end_access). While a service is being stopped, faults of accesses
+//! that are under way are taken and others are refused, and the service ends when no access is under
+//! way any more. So one that was replayed before its page was served comes again and is served
+//! (acceptance D11).
+//!
 //! The lock is a leaf: nothing is called under it.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -102,12 +110,27 @@ struct State {
     ring: VecDeque<Packet>,
     waiters: BTreeMap<u64, Waiter>,
     tickets: u64,
-    /// Whether faults are refused: after the service was stopped.
-    closed: bool,
-    /// The service thread is to end when the buffer is empty.
+    /// Accesses that have a ticket and have not ended.
+    under_way: u64,
+    /// Contexts that sleep because the buffer is full.
+    crowded: usize,
+    admission: Admission,
+    /// The service thread is to end when no access is under way.
     stopping: bool,
     serving: bool,
     statistics: FaultStatistics,
+}
+
+/// Which faults are taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Admission {
+    /// All.
+    #[default]
+    Open,
+    /// Those of accesses that are under way: the service is being stopped.
+    Draining,
+    /// None: nobody serves them.
+    Closed,
 }
 
 struct Waiter {
@@ -126,7 +149,11 @@ impl FaultBuffer {
     }
 
     /// Reports a fault and sleeps until it has an outcome. The first fault of an access gets the
-    /// ticket of the access here. With `twice`, the packet goes in twice if there is room.
+    /// ticket of the access here, and [`end_access`](FaultBuffer::end_access) is to follow. With
+    /// `twice`, the packet goes in twice if there is room.
+    ///
+    /// An access that was replayed while its packet was in the buffer has that one served: it needs
+    /// neither a second nor room for it.
     pub(crate) fn report(
         &self,
         packet: &mut Packet,
@@ -135,23 +162,27 @@ impl FaultBuffer {
     ) -> Outcome {
         let mut state = lock(&self.state);
         state.statistics.reported += 1;
-        if state.ring.len() >= self.capacity {
+        let held = state.holds(packet.ticket);
+        if !held && state.ring.len() >= self.capacity {
             state.statistics.overflows += 1;
         }
+        let mut in_time = true;
         loop {
-            if let Some(reason) = state.refuses(&packet.tables) {
+            if let Some(reason) = state.refuses(packet) {
                 return state.cancelled(reason);
             }
-            if state.ring.len() < self.capacity {
+            if held || state.ring.len() < self.capacity {
                 break;
             }
-            let (guard, in_time) = wait(&self.settled, state, deadline);
-            state = guard;
             if !in_time {
                 return state.cancelled(FaultReason::Unserved);
             }
+            state.crowded += 1;
+            (state, in_time) = wait(&self.settled, state, deadline);
+            state.crowded -= 1;
         }
         let ticket = packet.ticket.unwrap_or_else(|| {
+            state.under_way += 1;
             state.tickets += 1;
             state.tickets
         });
@@ -161,7 +192,9 @@ impl FaultBuffer {
         if twice && state.ring.len() + 1 < self.capacity {
             state.ring.push_back(packet.clone());
         }
-        state.ring.push_back(packet.clone());
+        if !held {
+            state.ring.push_back(packet.clone());
+        }
         self.reported.notify_all();
         self.sleep(state, ticket, deadline)
     }
@@ -184,10 +217,21 @@ impl FaultBuffer {
                 let waiter = state.waiters.remove(&ticket).expect("a waiter removes itself");
                 let given_up = || {
                     state.ring.retain(|packet| packet.ticket != Some(ticket));
+                    // There is room now.
+                    self.settled.notify_all();
                     state.cancelled(FaultReason::Unserved)
                 };
                 return waiter.outcome.unwrap_or_else(given_up);
             }
+        }
+    }
+
+    /// Notes that an access which has a ticket has ended, well or not.
+    pub(crate) fn end_access(&self) {
+        let mut state = lock(&self.state);
+        state.under_way -= 1;
+        if state.stopping && state.under_way == 0 {
+            self.reported.notify_all();
         }
     }
 
@@ -207,14 +251,14 @@ impl FaultBuffer {
     }
 
     /// Sleeps until there are packets or the service is to end, and takes out up to `batch`.
-    /// Nothing where it is to end and no packet is left.
+    /// Nothing where it is to end and no access is under way, so that no fault can come.
     pub(crate) fn fetch_blocking(&self, batch: usize) -> Vec<Packet> {
         let mut state = lock(&self.state);
         loop {
             let fetched = state.take(batch);
             // Also where all it took were stale: there is room now.
             self.settled.notify_all();
-            if !fetched.is_empty() || state.stopping {
+            if !fetched.is_empty() || (state.stopping && state.under_way == 0) {
                 return fetched;
             }
             (state, _) = wait(&self.reported, state, None);
@@ -222,10 +266,12 @@ impl FaultBuffer {
     }
 
     /// Wakes every context that sleeps, to try its access again. With `flush`, what is in the buffer
-    /// is dropped first: those whose pages were not served will report again.
+    /// is dropped first: those whose pages were not served will report again. Not so while the
+    /// service is being stopped: then the buffer is to become empty.
     pub(crate) fn replay(&self, flush: bool) {
         let mut state = lock(&self.state);
         // Dropped when the lock is not held: a packet may be the last to know its address space.
+        let flush = flush && state.admission == Admission::Open;
         let dropped = if flush { std::mem::take(&mut state.ring) } else { VecDeque::new() };
         state.statistics.flushed += dropped.len() as u64;
         state.statistics.replays += 1;
@@ -274,33 +320,39 @@ impl FaultBuffer {
         if state.serving {
             return false;
         }
-        (state.closed, state.stopping, state.serving) = (false, false, true);
+        (state.admission, state.stopping, state.serving) = (Admission::Open, false, true);
         true
     }
 
-    /// Takes faults again.
+    /// Takes faults again, unless a service is being stopped: that comes to its end first.
     pub(crate) fn reopen(&self) {
-        lock(&self.state).closed = false;
+        let mut state = lock(&self.state);
+        if !state.stopping {
+            state.admission = Admission::Open;
+        }
     }
 
-    /// Refuses faults from now on, and lets the service thread end when it has served those that
-    /// are in the buffer.
+    /// Tells whether an access may begin to fault.
+    pub(crate) fn is_open(&self) -> bool {
+        lock(&self.state).admission == Admission::Open
+    }
+
+    /// Refuses faults of new accesses from now on, and lets the service thread end when none is
+    /// under way.
     pub(crate) fn stop(&self) {
         let mut state = lock(&self.state);
-        (state.closed, state.stopping) = (true, true);
+        if state.admission == Admission::Open {
+            state.admission = Admission::Draining;
+        }
+        state.stopping = true;
         self.reported.notify_all();
         self.settled.notify_all();
-    }
-
-    /// Tells whether the service is to end.
-    pub(crate) fn is_stopping(&self) -> bool {
-        lock(&self.state).stopping
     }
 
     /// Refuses faults from now on, and cancels those that there are: nobody will serve them.
     pub(crate) fn abandon(&self) {
         let mut state = lock(&self.state);
-        state.closed = true;
+        state.admission = Admission::Closed;
         // Dropped when the lock is not held, as in `replay`.
         let _dropped = std::mem::take(&mut state.ring);
         state.cancel_all(|_| true, FaultReason::Stopped);
@@ -308,8 +360,8 @@ impl FaultBuffer {
         drop(state);
     }
 
-    /// Ends the service: the thread has ended. Who still sleeps is cancelled: those are contexts
-    /// that reported while it stopped, to a buffer that was full.
+    /// Ends the service: the thread has ended, or never began. Nobody sleeps any more, unless the
+    /// thread panicked; who does is cancelled.
     pub(crate) fn close(&self) {
         self.abandon();
         let mut state = lock(&self.state);
@@ -321,9 +373,11 @@ impl FaultBuffer {
         lock(&self.state).ring.len()
     }
 
-    /// Tells how many contexts sleep.
+    /// Tells how many contexts sleep: until they have an outcome, or until there is room.
     pub(crate) fn sleepers(&self) -> usize {
-        lock(&self.state).waiters.values().filter(|waiter| waiter.outcome.is_none()).count()
+        let state = lock(&self.state);
+        let waiting = state.waiters.values().filter(|waiter| waiter.outcome.is_none());
+        waiting.count() + state.crowded
     }
 
     pub(crate) fn statistics(&self) -> FaultStatistics {
@@ -337,11 +391,21 @@ impl FaultBuffer {
 }
 
 impl State {
-    fn refuses(&self, tables: &Tables) -> Option<FaultReason> {
-        if tables.is_gone() {
+    fn refuses(&self, packet: &Packet) -> Option<FaultReason> {
+        if packet.tables.is_gone() {
             return Some(FaultReason::Gone);
         }
-        self.closed.then_some(FaultReason::Stopped)
+        let taken = match self.admission {
+            Admission::Open => true,
+            Admission::Draining => packet.ticket.is_some(),
+            Admission::Closed => false,
+        };
+        (!taken).then_some(FaultReason::Stopped)
+    }
+
+    /// Tells whether a packet of this ticket is in the buffer.
+    fn holds(&self, ticket: Option<u64>) -> bool {
+        ticket.is_some() && self.ring.iter().any(|packet| packet.ticket == ticket)
     }
 
     fn cancelled(&mut self, reason: FaultReason) -> Outcome {

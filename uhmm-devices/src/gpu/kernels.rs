@@ -1,7 +1,16 @@
 //! Kernels to begin with. Each is a function of a [`DeviceMemoryView`] and addresses of the process.
 
-use super::fault::KernelFault;
+use uhmm::Access;
+
+use super::fault::{FaultReason, KernelFault};
 use super::view::DeviceMemoryView;
+
+/// Returns the address of one of the elements from `base` on; past the top of the address space there
+/// is none.
+fn element(base: u64, index: u64, size: usize, access: Access) -> Result<u64, KernelFault> {
+    let address = index.checked_mul(size as u64).and_then(|offset| base.checked_add(offset));
+    address.ok_or(KernelFault { reason: FaultReason::Operation, address: base, access })
+}
 
 /// Computes `y[i] += a * x[i]` for `count` numbers each, in place.
 ///
@@ -16,9 +25,10 @@ pub fn saxpy(
     y: u64,
 ) -> Result<(), KernelFault> {
     for index in 0..count {
-        let offset = index * size_of::<f32>() as u64;
-        let product = a * view.load::<f32>(x + offset)?;
-        view.store(y + offset, view.load::<f32>(y + offset)? + product)?;
+        let x = element(x, index, size_of::<f32>(), Access::Read)?;
+        let product = a * view.load::<f32>(x)?;
+        let y = element(y, index, size_of::<f32>(), Access::Read)?;
+        view.store(y, view.load::<f32>(y)? + product)?;
     }
     Ok(())
 }
@@ -44,8 +54,9 @@ pub fn histogram(
 ) -> Result<(), KernelFault> {
     assert!(bins > 0, "a histogram has a bin");
     for offset in 0..length {
-        let bin = u64::from(view.load::<u8>(data + offset)?) % bins;
-        view.fetch_add_u64(histogram + bin * size_of::<u64>() as u64, 1)?;
+        let byte = view.load::<u8>(element(data, offset, 1, Access::Read)?)?;
+        let bin = u64::from(byte) % bins;
+        view.fetch_add_u64(element(histogram, bin, size_of::<u64>(), Access::Atomic)?, 1)?;
     }
     Ok(())
 }
@@ -101,7 +112,7 @@ impl ListNode {
 pub fn chase(view: &DeviceMemoryView<'_>, head: u64, limit: u64) -> Result<Chased, KernelFault> {
     let mut found = Chased { nodes: 0, sum: 0, rest: head };
     while found.rest != 0 && found.nodes < limit {
-        let value = view.load::<u64>(found.rest + 8)?;
+        let value = view.load::<u64>(element(found.rest, 1, size_of::<u64>(), Access::Read)?)?;
         found.rest = view.load::<u64>(found.rest)?;
         found.sum = found.sum.wrapping_add(value);
         found.nodes += 1;

@@ -9,11 +9,17 @@
 //! a violation. So a translation that outlives its page is found out also where the frame has been
 //! given to another page.
 //!
+//! Memory that was given out and not filled by the copy engine yet must not be used at all: what is
+//! in it may be another process's (regression 48). And a frame that the copy engine has copied out
+//! is leaving: until it is entered in a page table anew, an access to it is one through a
+//! translation that should be gone, and what it stores is lost.
+//!
 //! # Locks
 //!
 //! A frame's lock is held for one access of at most a page, and is what makes atomic operations
-//! atomic: plain loads and stores take it too. The allocator's lock is never held together with a
-//! frame's. Neither is held across a call to system memory.
+//! atomic: plain loads and stores take it too. The allocator's lock is held while a block changes
+//! hands, over the locks of its frames one by one, so that no frame is in the hands of two. Neither is
+//! held across a call to system memory.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -62,6 +68,8 @@ type FrameCell = Mutex<FrameState>;
 struct FrameState {
     /// The allocation that the frame is part of.
     used: Option<Stamp>,
+    /// It was copied out, and not mapped since.
+    leaving: bool,
     /// `None` until something is written.
     bytes: Option<Box<[u8; PAGE_SIZE]>>,
 }
@@ -88,8 +96,21 @@ impl LocalMemory {
     }
 
     /// Returns the allocation that `frame` is part of, if it is in use.
+    ///
+    /// # Panics
+    ///
+    /// If the memory has no such frame.
     pub fn stamp(&self, frame: DeviceFrame) -> Option<Stamp> {
         self.with(frame, |state| state.used)
+    }
+
+    /// Notes that `frame` is entered in a page table, and returns the allocation that it is part of,
+    /// if it is in use.
+    pub(crate) fn enter(&self, frame: DeviceFrame) -> Option<Stamp> {
+        self.with(frame, |state| {
+            state.leaving = false;
+            state.used
+        })
     }
 
     /// Checks that each frame is either free or in use, and that the allocator is whole. To be
@@ -151,13 +172,16 @@ impl LocalMemory {
     /// Tells whether an access of `stamp` may use the frame, and reports it if not.
     fn judge(&self, state: &FrameState, frame: DeviceFrame, stamp: Stamp, what: &str) -> bool {
         let right = state.used == Some(stamp);
-        if !right {
-            self.violations.report(format!(
-                "device memory at {frame:?} was {what} through a translation of {stamp:?}, and is \
-                 in use as {:?}",
-                state.used
-            ));
-        }
+        let wrong = if !right {
+            format!("through a translation of {stamp:?}, and is in use as {:?}", state.used)
+        } else if state.leaving {
+            "after it was copied out".to_owned()
+        } else if state.bytes.is_none() {
+            "before it was filled".to_owned()
+        } else {
+            return true;
+        };
+        self.violations.report(format!("device memory at {frame:?} was {what} {wrong}"));
         right
     }
 
@@ -179,6 +203,11 @@ impl LocalMemory {
                 let from = DeviceFrame(from.0 + index);
                 self.with(from, |state| {
                     self.judge_copy(state, from);
+                    if state.used.is_some() && state.bytes.is_none() {
+                        let violation = format!("{from:?} was copied out before it was filled");
+                        self.violations.report(violation);
+                    }
+                    state.leaving = true;
                     state.read(0, &mut bytes);
                 });
                 system.write(Frame(to.0 + index), 0, &bytes);
@@ -216,23 +245,30 @@ impl DeviceMemory for LocalMemory {
         let first = allocator.buddy.allocate(order).ok_or(OutOfDeviceMemory { order })?;
         allocator.stamps += 1;
         let stamp = Stamp(allocator.stamps);
-        drop(allocator);
         for frame in (first..).map(DeviceFrame).take(order.pages() as usize) {
-            self.with(frame, |state| *state = FrameState { used: Some(stamp), bytes: None });
+            let fresh = FrameState { used: Some(stamp), ..FrameState::default() };
+            if let Some(was) = self.with(frame, |state| std::mem::replace(state, fresh).used) {
+                self.violations
+                    .report(format!("{frame:?} was given out, and is in use as {was:?}"));
+            }
         }
         Ok(DeviceFrame(first))
     }
 
     fn free(&self, frame: DeviceFrame, order: Order) {
+        let mut allocator = lock(&self.allocator);
+        // First, so that what is not given back keeps its contents.
+        if allocator.buddy.free(frame.0, order).is_err() {
+            let violation =
+                format!("the block of {order:?} at {frame:?} was freed, and is not held");
+            self.violations.report(violation);
+            return;
+        }
         for frame in (frame.0..).map(DeviceFrame).take(order.pages() as usize) {
             let was = self.with(frame, |state| std::mem::take(state).used);
             if was.is_none() {
                 self.violations.report(format!("{frame:?} was freed, and was free"));
             }
-        }
-        // Last, because from here the frames may be given out again.
-        if lock(&self.allocator).buddy.free(frame.0, order).is_err() {
-            self.violations.report(format!("the block of {order:?} at {frame:?} was freed twice"));
         }
     }
 

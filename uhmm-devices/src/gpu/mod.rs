@@ -13,9 +13,13 @@
 //! | a context's TLB | nothing; or the mirror's and the tables', but then only where it is free | one access of at most a page, with its walk |
 //! | the tables' | the mirror's, or a context's TLB | a walk, or entering or removing a range |
 //! | the fault buffer's | the mirror's | a few instructions |
-//! | a frame's | a context's TLB, or the tables' | one access of at most a page |
-//! | the allocator's | whatever a backend holds | finding or joining a block |
+//! | the allocator's | whatever a backend holds | a block that is given out or comes back |
+//! | a frame's | a context's TLB, the tables', the allocator's, or whatever a backend holds | one access of at most a page |
+//! | the injector's | the mirror's, a context's TLB, or whatever a backend holds | a few instructions |
 //! | that of the list of violations | any | adding one |
+//!
+//! A violation is also reported to `tracing` where it is found, so a subscriber may run under any of
+//! these: it must use neither the GPU nor the address space.
 //!
 //! While a context has its TLB locked it calls [`SystemMemory`] and nothing else of the layers
 //! above. A context that waits for a fault holds nothing. So an invalidation that waits for a TLB
@@ -46,9 +50,9 @@ use std::time::Duration;
 use mmu_notifier::SubscribeError;
 use uhmm::primitive::atomic::{AtomicU64, Ordering};
 use uhmm::{
-    Access, AddressSpace, Device, DevicePagemap, Event, EventKind, Injector, Mirror, MirrorHandle,
-    Order, Page, PageEntry, PageRange, PagemapOptions, Released, Residency, SystemMemory,
-    WouldBlock,
+    Access, AddressSpace, Clock, Device, DevicePagemap, Event, EventKind, Injector, Mirror,
+    MirrorHandle, Order, Page, PageEntry, PageRange, PagemapOptions, Released, Residency,
+    SystemMemory, WouldBlock,
 };
 
 pub use compare::{CompareError, Comparison, Difference, compare};
@@ -57,7 +61,7 @@ pub use fault::{FaultReason, KernelFault};
 pub use fault_buffer::FaultStatistics;
 pub use flush::Flush;
 pub use memory::{FREED, FRESH, LocalMemory, Stamp};
-pub use service::{AlreadyServed, FaultService, Serviced};
+pub use service::{FaultService, ServiceError, Serviced};
 pub use tables::Translation;
 pub use tree::{NodeCounts, Target};
 pub use view::{DeviceMemoryView, Word};
@@ -75,6 +79,7 @@ pub struct SoftGpu {
     pagemap: Option<Arc<DevicePagemap>>,
     faults: FaultBuffer,
     contexts: AtomicU64,
+    clock: Clock,
     violations: Arc<Violations>,
 }
 
@@ -171,6 +176,8 @@ impl SoftGpuOptions {
     }
 
     /// Sets how often serving one access may fail in a way that may pass, before the access fails.
+    /// Between its tries the context waits, by the clock of the GPU's memory if it has any: ten
+    /// microseconds at first, and twice as long each time up to ten milliseconds.
     #[must_use]
     pub fn max_retries(mut self, retries: u32) -> SoftGpuOptions {
         self.max_retries = retries;
@@ -226,12 +233,14 @@ impl SoftGpu {
         let memory = Arc::new(LocalMemory::new(pages, injector, Arc::clone(&violations)));
         let pagemap = (pages > 0)
             .then(|| DevicePagemap::register_with(memory.clone(), options.pagemap.clone()));
+        let clock = pagemap.as_ref().map_or_else(Clock::system, |own| own.clock().clone());
         Arc::new(SoftGpu {
             faults: FaultBuffer::new(options.fault_buffer),
             options,
             memory,
             pagemap,
             contexts: AtomicU64::new(0),
+            clock,
             violations,
         })
     }
@@ -282,9 +291,15 @@ impl SoftGpu {
     }
 
     /// Takes faults again after a [`FaultService`] was stopped, to be served by
-    /// [`service_once`](SoftGpu::service_once).
+    /// [`service_once`](SoftGpu::service_once). While a service is being stopped it does nothing.
     pub fn accept_faults(&self) {
         self.faults.reopen();
+    }
+
+    /// Tells whether an access may begin to fault, or would be refused with
+    /// [`FaultReason::Stopped`].
+    pub fn accepts_faults(&self) -> bool {
+        self.faults.is_open()
     }
 
     /// Returns how many faults are in the buffer.
@@ -292,8 +307,9 @@ impl SoftGpu {
         self.faults.len()
     }
 
-    /// Returns how many contexts sleep until a fault of theirs has been seen to. A fault that was
-    /// fetched and not replayed yet counts here, and not among the pending ones.
+    /// Returns how many contexts sleep until a fault of theirs has been seen to, or until the buffer
+    /// has room for it. A fault that was fetched and not replayed yet counts here, and not among the
+    /// pending ones.
     pub fn stalled_contexts(&self) -> usize {
         self.faults.sleepers()
     }
@@ -304,15 +320,17 @@ impl SoftGpu {
     }
 
     /// Returns the rules that were seen broken: accesses to device memory that is free or was given
-    /// to somebody else, walks through table nodes that are in use for something else, entries that
-    /// contradict each other. Empty, or there is a bug.
+    /// to somebody else, that was copied out or not filled yet, walks through table nodes that are in
+    /// use for something else, entries that contradict each other or what nobody invalidated, blocks
+    /// of memory that are given back by whom does not hold them, panics of the fault service. Empty,
+    /// or there is a bug.
     pub fn violations(&self) -> Vec<String> {
         self.violations.list()
     }
 
     /// Checks the memory's accounts, and the page tables of `mirrors`, against which no context may
     /// have anything cached that is not in them. To be called while nothing moves and nothing is
-    /// invalidated; kernels may run.
+    /// invalidated; kernels may run that do not fault.
     ///
     /// # Errors
     ///
@@ -335,6 +353,10 @@ impl SoftGpu {
 
     pub(crate) fn options(&self) -> &SoftGpuOptions {
         &self.options
+    }
+
+    pub(crate) fn clock(&self) -> &Clock {
+        &self.clock
     }
 
     pub(crate) fn faults(&self) -> &FaultBuffer {
@@ -401,7 +423,7 @@ impl SoftGpu {
             Residency::Device(at)
                 if self.pagemap.as_ref().is_some_and(|own| own.owner() == at.owner) =>
             {
-                let Some(stamp) = self.memory.stamp(at.frame) else {
+                let Some(stamp) = self.memory.enter(at.frame) else {
                     self.violation(format!("{page} is said to be in {at:?}, which is free"));
                     return None;
                 };

@@ -13,8 +13,15 @@
 //!
 //! # Shutdown
 //!
-//! The drop of a [`FaultService`] stops in the order of acceptance D11: new faults are refused; those
-//! in the buffer are served to their end; the thread ends.
+//! The drop of a [`FaultService`] stops in the order of acceptance D11: accesses that have not
+//! faulted yet are refused; those that have are served to their end, as often as they fault; the
+//! thread ends.
+//!
+//! # Panics
+//!
+//! A panic while a page is served, in a policy say, is a violation. The accesses to that page fail,
+//! and all others that sleep are replayed. Where it was the service thread's, nobody is left who
+//! would serve them, so they find the buffer closed.
 
 use std::fmt;
 use std::sync::Arc;
@@ -29,18 +36,28 @@ use super::{ReplayPolicy, SoftGpu};
 
 /// A thread that serves the faults of a GPU. Its drop stops it.
 ///
-/// From the drop on faults are refused with [`FaultReason::Stopped`], until another service begins
-/// or [`SoftGpu::accept_faults`] says so.
+/// From the drop on accesses that begin to fault are refused with [`FaultReason::Stopped`], until
+/// another service begins or [`SoftGpu::accept_faults`] says so. Those that wait for a fault then are
+/// served to their end before the drop returns.
+///
+/// It is one thread, for all mirrors of the GPU: where a policy makes it wait, or a page takes long,
+/// all of them wait. [`SoftGpu::service_once`] may serve beside it, from any number of threads.
 #[must_use = "dropping the service stops it"]
 pub struct FaultService {
     gpu: Arc<SoftGpu>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
-/// The GPU has a service thread already.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the device's faults are being served already")]
-pub struct AlreadyServed;
+/// Why a service did not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// The GPU has a service thread already.
+    #[error("the device's faults are being served already")]
+    AlreadyServed,
+    /// The system gave no thread. Nothing has changed.
+    #[error("there is no thread to serve the device's faults")]
+    NoThread(#[source] std::io::Error),
+}
 
 /// What was done about the faults in the buffer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,18 +76,34 @@ impl SoftGpu {
     ///
     /// # Errors
     ///
-    /// [`AlreadyServed`].
-    pub fn start_service(self: &Arc<Self>) -> Result<FaultService, AlreadyServed> {
+    /// [`ServiceError`].
+    pub fn start_service(self: &Arc<Self>) -> Result<FaultService, ServiceError> {
         if !self.faults().open() {
-            return Err(AlreadyServed);
+            return Err(ServiceError::AlreadyServed);
+        }
+        // Made first, so that its drop closes the buffer where no thread begins.
+        let mut service = FaultService { gpu: Arc::clone(self), thread: None };
+        service.thread = Some(self.spawn_service().map_err(ServiceError::NoThread)?);
+        Ok(service)
+    }
+
+    fn spawn_service(self: &Arc<Self>) -> std::io::Result<thread::JoinHandle<()>> {
+        if self.injector().fails("service-thread") {
+            return Err(std::io::Error::other("injected"));
         }
         let gpu = Arc::clone(self);
-        let thread = thread::spawn(move || gpu.serve_until_stopped());
-        Ok(FaultService { gpu: Arc::clone(self), thread: Some(thread) })
+        let builder = thread::Builder::new().name("gpu faults".to_owned());
+        builder.spawn(move || gpu.serve_until_stopped())
     }
 
     /// Serves the faults that are in the buffer now, on the calling thread: one batch, or under
-    /// [`ReplayPolicy::Once`] all of them. Returns at once if there is none.
+    /// [`ReplayPolicy::Once`] all of them. Returns at once if there is none. Any number of threads
+    /// may do so at once, and beside a [`FaultService`].
+    ///
+    /// # Panics
+    ///
+    /// If a policy does. That is a violation too; accesses to the page that was being served fail
+    /// with [`FaultReason::Internal`], and nobody is left asleep.
     pub fn service_once(&self) -> Serviced {
         let mut done = Serviced::default();
         self.serve(self.faults().fetch(self.options().batch), &mut done);
@@ -92,7 +125,8 @@ impl SoftGpu {
         if packets.is_empty() {
             return;
         }
-        let policy = self.replay_policy();
+        let _replay = ReplayOnPanic(self);
+        let policy = self.options().replay;
         self.serve_batch(packets, policy, done);
         match policy {
             // Done after each block.
@@ -113,12 +147,6 @@ impl SoftGpu {
         }
     }
 
-    /// Returns when to replay. A service that stops serves what is in the buffer before it wakes
-    /// those who would find it closed.
-    fn replay_policy(&self) -> ReplayPolicy {
-        if self.faults().is_stopping() { ReplayPolicy::Once } else { self.options().replay }
-    }
-
     fn serve_batch(&self, mut packets: Vec<Packet>, policy: ReplayPolicy, done: &mut Serviced) {
         done.fetched += packets.len() as u64;
         packets.sort_by_key(|packet| (packet.tables.id(), packet.page));
@@ -136,6 +164,7 @@ impl SoftGpu {
 
     /// Serves faults on one page.
     fn serve_page(&self, packets: &[Packet], done: &mut Serviced) {
+        let _cancel = CancelOnPanic(self, packets);
         let Packet { handle, tables, page, .. } = &packets[0];
         let (page, duplicates) = (*page, packets.len() as u64 - 1);
         let strongest = packets.iter().map(|packet| packet.access).max().unwrap_or_default();
@@ -175,7 +204,11 @@ impl SoftGpu {
     /// Leaves the accesses to the next replay, except those that had their share of those.
     fn retry<'a>(&self, packets: impl Iterator<Item = &'a Packet>) -> u64 {
         let limit = self.options().max_retries;
-        let (again, spent): (Vec<_>, Vec<_>) = packets.partition(|packet| {
+        // One try was made of each access, however often it was reported.
+        let mut packets: Vec<_> = packets.collect();
+        packets.sort_by_key(|packet| packet.ticket);
+        packets.dedup_by_key(|packet| packet.ticket);
+        let (again, spent): (Vec<_>, Vec<_>) = packets.into_iter().partition(|packet| {
             // Relaxed: a count, which orders nothing.
             packet.failures.fetch_add(1, Ordering::Relaxed) < limit
         });
@@ -184,14 +217,37 @@ impl SoftGpu {
     }
 }
 
-/// Where the service panics, contexts are not to sleep until their patience ends.
+/// Where serving a page panics, the accesses to it fail.
+struct CancelOnPanic<'a>(&'a SoftGpu, &'a [Packet]);
+
+/// Where serving a batch panics, whoever has a fault in it is not to sleep on.
+struct ReplayOnPanic<'a>(&'a SoftGpu);
+
+/// Where the service thread panics, nobody is to wait for it.
 struct AbandonOnPanic<'a>(&'a SoftGpu);
+
+impl Drop for CancelOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let CancelOnPanic(gpu, packets) = *self;
+            // First, so that whoever is woken finds it.
+            gpu.violation(format!("serving a fault at {} panicked", packets[0].page));
+            gpu.faults().cancel(packets, FaultReason::Internal);
+        }
+    }
+}
+
+impl Drop for ReplayOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.faults().replay(false);
+        }
+    }
+}
 
 impl Drop for AbandonOnPanic<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
-            // First, so that whoever is woken finds it.
-            self.0.violation("the fault service panicked".to_owned());
             self.0.faults().abandon();
         }
     }

@@ -94,6 +94,11 @@ impl Tables {
 
     /// Enters and removes leaves for `range`: `leaf(page)` says what each page is to get. A pair of
     /// a leaf and [`Order::HUGE`], for the first page of a block, is for the whole block.
+    ///
+    /// Nothing is flushed here. So an entry may add to what there is and must not contradict it:
+    /// another target, no access where there was some, or reading where there was more, are left to
+    /// an invalidation, which somebody forgot then. An atomic access may become one to write, which
+    /// is what a fault finds that is served beside the one that took the page.
     pub(crate) fn enter(
         &self,
         range: PageRange,
@@ -104,20 +109,49 @@ impl Tables {
         while let Some(page) = next.filter(|&page| range.contains(page)) {
             let pages = match leaf(page) {
                 Some((leaf, Order::HUGE)) => {
+                    self.judge_block(&state.tree, page, leaf);
                     state.tree.enter_huge(page, leaf);
                     Order::HUGE.pages()
                 }
                 Some((leaf, _)) => {
+                    self.contradicts(&state.tree, page, Some(leaf));
                     state.tree.enter_page(page, leaf);
                     1
                 }
                 None => {
+                    self.contradicts(&state.tree, page, None);
                     state.tree.remove(page.into());
                     1
                 }
             };
             next = page.checked_add(pages);
         }
+    }
+
+    /// Reports an entry for a large page that contradicts what is there.
+    fn judge_block(&self, tree: &Tree, first: Page, leaf: Leaf) {
+        // One page tells for all where a large leaf is there already.
+        let large = tree.walk(first).is_some_and(|walked| walked.order == Order::HUGE);
+        let pages = if large { first.into() } else { first.block(Order::HUGE) };
+        // One report is enough.
+        let _wrong = pages
+            .iter()
+            .zip(0..)
+            .any(|(page, index)| self.contradicts(tree, page, Some(leaf.plus(index))));
+    }
+
+    /// Reports an entry that contradicts what is there for `page`, and says whether it does.
+    fn contradicts(&self, tree: &Tree, page: Page, new: Option<Leaf>) -> bool {
+        let Some(Walked { leaf: old, .. }) = tree.walk(page) else { return false };
+        let agrees = new.is_some_and(|new| {
+            new.target == old.target && new.access >= old.access.min(Access::Write)
+        });
+        if !agrees {
+            self.violations.report(format!(
+                "{page} was entered as {new:?} over {old:?}, which nobody invalidated"
+            ));
+        }
+        !agrees
     }
 
     /// Takes everything of `range` out of the tree. What comes out is for a flush: whether there was

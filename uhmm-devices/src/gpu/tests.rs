@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use mmu_notifier::Fence;
 use uhmm::{
@@ -9,7 +10,9 @@ use uhmm::{
     Frame, Injector, Order, PAGE_SIZE, Page, PageEntry, PageRange, Residency, SystemMemory,
 };
 
-use super::buddy::{Buddy, FreedTwice};
+use super::buddy::{Buddy, NotHeld};
+use super::fault::FaultReason;
+use super::fault_buffer::{FaultBuffer, Outcome, Packet};
 use super::memory::{FREED, FRESH, LocalMemory, Stamp};
 use super::tables::Tables;
 use super::tlb::{Tlb, TlbCell, WalkCache};
@@ -215,12 +218,12 @@ fn r61_a_node_that_is_used_too_early_is_found_out() {
 fn a_node_kept_by_a_large_leaf_is_no_danger_to_walk_caches() {
     let (tables, violations) = tables();
     let mut cache = WalkCache::default();
-    enter(&tables, 5, leaf(1, Access::Read), Order::PAGE);
+    enter(&tables, 5, leaf(105, Access::Read), Order::PAGE);
     assert!(tables.walk(page(5), &mut cache).is_some());
     enter(&tables, 0, leaf(100, Access::Read), Order::HUGE);
     let walked = tables.walk(page(5), &mut cache).expect("it is mapped");
     assert_eq!((walked.leaf.target, walked.order), (Target::System(Frame(105)), Order::HUGE));
-    enter(&tables, 7, leaf(1, Access::Read), Order::PAGE);
+    enter(&tables, 7, leaf(107, Access::Read), Order::PAGE);
     let walked = tables.walk(page(5), &mut cache).expect("it is mapped");
     assert_eq!((walked.leaf.target, walked.order), (Target::System(Frame(105)), Order::PAGE));
     assert_eq!(violations.list(), Vec::<String>::new());
@@ -258,7 +261,47 @@ fn an_entry_without_access_takes_the_translation_out() {
     assert!(table.translation(page(3)).is_some());
     gpu.map(&mut table, pages(3, 1), &[PageEntry::default()]);
     assert_eq!(table.translation(page(3)), None);
-    assert_eq!(gpu.violations(), Vec::<String>::new());
+    assert_eq!(gpu.violations().len(), 1, "nobody has invalidated it");
+    gpu.map(&mut table, pages(3, 1), &[PageEntry::default()]);
+    assert_eq!(gpu.violations().len(), 1, "there was nothing any more");
+}
+
+/// Entering a page flushes nothing, so it must not take anything away.
+#[test]
+fn an_entry_that_needed_an_invalidation_is_reported() {
+    let memory: Arc<dyn SystemMemory> = Arc::new(Numbered);
+    let reported = |old: PageEntry, new: PageEntry| {
+        let gpu = SoftGpu::new(SoftGpuOptions::new());
+        let mut table = gpu.page_table(ALL, &memory);
+        let first = old.order.max(new.order).pages();
+        for entry in [old, new] {
+            let Residency::System(Frame(frame)) = entry.residency else { unreachable!() };
+            let block = |index| system(frame + index, entry.access, entry.order);
+            let entries: Vec<_> = (0..entry.order.pages()).map(block).collect();
+            gpu.map(&mut table, pages(first, entry.order.pages()), &entries);
+        }
+        let reported = gpu.violations().len();
+        // The same with an invalidation in between.
+        invalidate(&gpu, &mut table, ALL);
+        gpu.map(&mut table, pages(first, 1), &[PageEntry { order: Order::PAGE, ..old }]);
+        assert_eq!(gpu.violations().len(), reported);
+        reported
+    };
+    use Access::{Atomic, Read, Write};
+    let at = |frame, access| system(frame, access, Order::PAGE);
+    for (old, new) in [(Read, Read), (Read, Write), (Write, Atomic), (Atomic, Write)] {
+        assert_eq!(reported(at(1, old), at(1, new)), 0, "{old:?} to {new:?}");
+        assert_eq!(reported(at(1, old), at(2, new)), 1, "another frame");
+    }
+    assert_eq!(reported(at(1, Write), at(1, Read)), 1);
+    assert_eq!(reported(at(1, Atomic), at(1, Read)), 1);
+    let huge = |frame| system(frame, Write, Order::HUGE);
+    assert_eq!(reported(huge(1000), huge(1000)), 0);
+    assert_eq!(reported(huge(1000), huge(2000)), 1);
+    assert_eq!(reported(at(1000, Read), huge(1000)), 0);
+    assert_eq!(reported(at(1001, Read), huge(1000)), 1);
+    assert_eq!(reported(huge(1000), at(1000, Write)), 0);
+    assert_eq!(reported(huge(1000), at(1001, Write)), 1);
 }
 
 #[test]
@@ -271,6 +314,7 @@ fn entries_that_contradict_each_other_are_reported() {
     assert_eq!(gpu.violations().len(), 1, "a large page is of consecutive frames");
     let owner = gpu.pagemap().expect("it has memory").owner();
     let free = DeviceLocation { owner, frame: DeviceFrame(0) };
+    invalidate(&gpu, &mut table, pages(0, 512));
     entries.truncate(1);
     entries[0] = PageEntry { residency: Residency::Device(free), ..entries[0] };
     gpu.map(&mut table, pages(0, 1), &entries);
@@ -380,6 +424,49 @@ fn a_refused_invalidation_changes_nothing() {
     assert_eq!(table.nodes(), NodeCounts { linked: 1, free: 5, ..NodeCounts::default() });
 }
 
+// The fault buffer.
+
+/// Who gives up makes room, and whoever waits for it hears of that.
+#[test]
+fn a_context_that_gives_up_makes_room_for_another() {
+    let machine = uhmm::sim::Machine::new();
+    let process = machine.spawn();
+    let gpu = SoftGpu::new(SoftGpuOptions::new().fault_buffer(1));
+    let mirror = gpu.mirror(process.address_space(), pages(0, 8)).expect("the process lives");
+    let tables = mirror.inspect(|table| Arc::clone(table.tables())).expect("the mirror lives");
+    let buffer = FaultBuffer::new(1);
+    let report = |number, patience| {
+        let mut packet = Packet {
+            ticket: None,
+            handle: (*mirror).clone(),
+            tables: Arc::clone(&tables),
+            page: page(number),
+            access: Access::Read,
+            failures: Arc::default(),
+        };
+        buffer.report(&mut packet, false, Some(Instant::now() + patience))
+    };
+    std::thread::scope(|scope| {
+        // Both are in before the first gives up, unless this machine is very slow; then the test
+        // shows nothing, and passes.
+        let first = scope.spawn(|| report(1, Duration::from_millis(300)));
+        let since = Instant::now();
+        const LIMIT: Duration = Duration::from_secs(5);
+        while buffer.len() == 0 {
+            std::thread::yield_now();
+        }
+        let second = scope.spawn(|| report(2, 2 * LIMIT));
+        assert_eq!(first.join().unwrap(), Outcome::Cancelled(FaultReason::Unserved));
+        while buffer.len() == 0 && since.elapsed() < LIMIT {
+            std::thread::yield_now();
+        }
+        let waited = since.elapsed();
+        buffer.replay(true);
+        assert_eq!(second.join().unwrap(), Outcome::Replayed);
+        assert!(waited < LIMIT, "nobody told the other of the room");
+    });
+}
+
 // Memory.
 
 #[test]
@@ -395,8 +482,13 @@ fn blocks_are_halved_joined_and_found_again() {
     for index in (0..512).rev() {
         buddy.free(huge + index, Order::PAGE).unwrap();
     }
-    assert_eq!(buddy.free(huge + 5, Order::PAGE), Err(FreedTwice));
-    assert_eq!(buddy.free(huge, Order::HUGE), Err(FreedTwice));
+    assert_eq!(buddy.free(huge + 5, Order::PAGE), Err(NotHeld));
+    assert_eq!(buddy.free(huge, Order::HUGE), Err(NotHeld));
+    let pair = Order::new(1).unwrap();
+    let held = buddy.allocate(pair).unwrap();
+    assert_eq!(buddy.free(held + 1, pair), Err(NotHeld), "not aligned");
+    assert_eq!(buddy.free(u64::MAX - 1, pair), Err(NotHeld), "beyond all");
+    buddy.free(held, pair).unwrap();
     buddy.free(single, Order::PAGE).unwrap();
     buddy.check().unwrap();
     assert_eq!(buddy.largest(), Order::new(10), "all is joined again");
@@ -413,7 +505,7 @@ fn an_allocator_of_an_odd_number_of_frames_gives_out_each_once() {
         }
         seen.sort_unstable();
         assert_eq!(seen, (0..capacity).collect::<Vec<_>>());
-        assert_eq!(buddy.free(capacity, Order::PAGE), Err(FreedTwice), "beyond the end");
+        assert_eq!(buddy.free(capacity, Order::PAGE), Err(NotHeld), "beyond the end");
     }
 }
 
@@ -460,16 +552,18 @@ fn memory_is_recognised_when_it_is_fresh_and_when_it_is_free() {
     let frame = memory.allocate(Order::PAGE).unwrap();
     let stamp = memory.stamp(frame).expect("it is in use");
     assert_eq!(byte(&memory, frame, stamp), FRESH);
+    assert_eq!(violations.list().len(), 1, "it was not filled yet");
+    memory.copy(&Numbered, &mut [CopyJob::new(CopyKind::Clear { to: frame }, Order::PAGE)]);
     memory.write(frame, stamp, 0, &[7]);
     assert_eq!(byte(&memory, frame, stamp), 7);
     memory.free(frame, Order::PAGE);
-    assert_eq!(violations.list().len(), 0);
-    assert_eq!(byte(&memory, frame, stamp), FREED);
     assert_eq!(violations.list().len(), 1);
+    assert_eq!(byte(&memory, frame, stamp), FREED);
+    assert_eq!(violations.list().len(), 2);
     let again = memory.allocate(Order::PAGE).unwrap();
     assert_eq!(again, frame);
     memory.write(frame, stamp, 0, &[9]);
-    assert_eq!(violations.list().len(), 2, "the frame is another page's now");
+    assert_eq!(violations.list().len(), 3, "the frame is another page's now");
     assert_eq!(byte(&memory, frame, memory.stamp(frame).unwrap()), FRESH, "and was not written");
     memory.check().unwrap();
 }
@@ -481,6 +575,75 @@ fn memory_that_is_freed_twice_is_reported() {
     memory.free(frame, Order::PAGE);
     memory.free(frame, Order::PAGE);
     assert!(!violations.list().is_empty());
+    memory.check().unwrap();
+}
+
+/// Regression 48: memory that was given out is not used before it was filled.
+#[test]
+fn r48_memory_that_is_used_before_it_was_filled_is_reported() {
+    type Use = fn(&LocalMemory, DeviceFrame, Stamp);
+    let uses: [Use; 4] = [
+        |memory, frame, stamp| assert_ne!(byte(memory, frame, stamp), FREED),
+        |memory, frame, stamp| memory.write(frame, stamp, 0, &[1]),
+        |memory, frame, stamp| {
+            memory.fetch_update(frame, stamp, 0, &mut |old| old);
+        },
+        |memory, frame, _| {
+            let out = CopyKind::Out { from: frame, to: Frame(0) };
+            memory.copy(&Numbered, &mut [CopyJob::new(out, Order::PAGE)]);
+        },
+    ];
+    for fill in [false, true] {
+        for used in uses {
+            let (memory, _, violations) = local(1);
+            let frame = memory.allocate(Order::PAGE).unwrap();
+            if fill {
+                let job = CopyJob::new(CopyKind::Clear { to: frame }, Order::PAGE);
+                memory.copy(&Numbered, &mut [job]);
+            }
+            used(&memory, frame, memory.stamp(frame).unwrap());
+            assert_eq!(violations.list().len(), usize::from(!fill), "{violations:?}");
+        }
+    }
+}
+
+/// What is stored in a frame that was copied out is lost.
+#[test]
+fn an_access_to_memory_that_was_copied_out_is_reported() {
+    let (memory, _, violations) = local(1);
+    let frame = memory.allocate(Order::PAGE).unwrap();
+    let stamp = memory.stamp(frame).unwrap();
+    let out = CopyKind::Out { from: frame, to: Frame(0) };
+    for kind in [CopyKind::Clear { to: frame }, out] {
+        memory.copy(&Numbered, &mut [CopyJob::new(kind, Order::PAGE)]);
+    }
+    memory.write(frame, stamp, 0, &[1]);
+    assert_eq!(violations.list().len(), 1);
+    // It stays after all.
+    assert_eq!(memory.enter(frame), Some(stamp));
+    memory.write(frame, stamp, 0, &[1]);
+    assert_eq!(violations.list().len(), 1);
+}
+
+/// What the allocator refuses to take back is left as it is.
+#[test]
+fn a_block_that_is_not_held_is_reported_and_left_alone() {
+    let (memory, _, violations) = local(8);
+    let pair = Order::new(1).unwrap();
+    let frames = [memory.allocate(pair).unwrap(), memory.allocate(pair).unwrap()];
+    let stamps = frames.map(|frame| memory.stamp(frame).unwrap());
+    for (frame, stamp) in frames.into_iter().zip(stamps) {
+        memory.copy(&Numbered, &mut [CopyJob::new(CopyKind::Clear { to: frame }, pair)]);
+        memory.write(frame, stamp, 0, &[7]);
+    }
+    // The second half of one and the first of the other.
+    memory.free(DeviceFrame(frames[0].0 + 1), pair);
+    memory.free(DeviceFrame(8), Order::PAGE);
+    assert_eq!(violations.list().len(), 2, "{violations:?}");
+    for (frame, stamp) in frames.into_iter().zip(stamps) {
+        assert_eq!(byte(&memory, frame, stamp), 7);
+    }
+    assert_eq!(violations.list().len(), 2, "{violations:?}");
     memory.check().unwrap();
 }
 

@@ -65,7 +65,9 @@ impl Tlb {
 
     /// Caches what a walk found for `page`, which may be a large leaf around it.
     pub(crate) fn insert(&mut self, page: Page, leaf: Leaf, order: Order) {
-        // One page is to be in one place: else the older of the two would be found.
+        // Of one page there is to be one entry: else an older one might be found first. Those of a
+        // large leaf's other pages may stay, since they lead to the same places: a change of that
+        // would have flushed them.
         self.remove(page);
         match order {
             Order::HUGE => self.huge.insert(page, leaf),

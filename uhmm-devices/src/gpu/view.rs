@@ -84,7 +84,7 @@ impl<'a> DeviceMemoryView<'a> {
     /// [`KernelFault`]; for bytes that go past the top of the address space, with
     /// [`FaultReason::Operation`].
     pub fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), KernelFault> {
-        within(address, bytes.len(), Access::Read)?;
+        within(address, bytes.len() as u64, Access::Read)?;
         let mut done = 0;
         for length in pieces(address, bytes.len()) {
             self.context.read(address + done as u64, &mut bytes[done..done + length])?;
@@ -99,7 +99,7 @@ impl<'a> DeviceMemoryView<'a> {
     ///
     /// As [`read`](DeviceMemoryView::read).
     pub fn write(&self, address: u64, bytes: &[u8]) -> Result<(), KernelFault> {
-        within(address, bytes.len(), Access::Write)?;
+        within(address, bytes.len() as u64, Access::Write)?;
         let mut done = 0;
         for length in pieces(address, bytes.len()) {
             self.context.write(address + done as u64, &bytes[done..done + length])?;
@@ -169,9 +169,8 @@ fn aligned<T>(address: u64, access: Access) -> Result<(), KernelFault> {
 }
 
 /// Refuses bytes that go past the top of the address space.
-fn within(address: u64, length: usize, access: Access) -> Result<(), KernelFault> {
-    let last = (length as u64).saturating_sub(1);
-    match address.checked_add(last) {
+pub(super) fn within(address: u64, length: u64, access: Access) -> Result<(), KernelFault> {
+    match address.checked_add(length.saturating_sub(1)) {
         Some(_) => Ok(()),
         None => Err(KernelFault { reason: FaultReason::Operation, address, access }),
     }

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use uhmm::policy::Policies;
 use uhmm::primitive::thread;
@@ -77,6 +78,11 @@ impl Rig {
         self.process.address_space().snapshot(page(index).into())[0].residency
     }
 
+    /// Lets other threads run until `done`, for minutes at most.
+    pub(crate) fn until(&self, done: impl FnMut() -> bool) {
+        until_or(done, || format!("{:?}", self.gpu.fault_statistics()));
+    }
+
     pub(crate) fn check(&self) {
         self.machine.check().expect("the machine is whole");
         assert_eq!(self.machine.violations(), Vec::<String>::new());
@@ -104,17 +110,28 @@ pub(crate) fn check_empty(machine: &Machine, gpu: &Arc<SoftGpu>) {
 /// Checks that nothing is left in the GPU's memory.
 pub(crate) fn check_no_memory(gpu: &Arc<SoftGpu>) {
     gpu.check([]).expect("the GPU is whole after the exit");
-    let left = gpu.pagemap().map_or(0, |pagemap| pagemap.used());
-    assert_eq!(left, 0, "device memory leaks");
+    assert_eq!(used(gpu), 0, "device memory leaks");
+}
+
+/// Returns how many pages of the GPU's memory are accounted for.
+pub(crate) fn used(gpu: &SoftGpu) -> u64 {
+    gpu.pagemap().map_or(0, |pagemap| pagemap.used())
 }
 
 pub(crate) fn mirror(gpu: &Arc<SoftGpu>, process: &Process) -> Mirror<SoftGpu> {
     gpu.mirror(process.address_space(), range(0, MIRRORED)).expect("the process lives")
 }
 
-/// Lets other threads run until `done`.
-pub(crate) fn until(mut done: impl FnMut() -> bool) {
+/// Lets other threads run until `done`, for minutes at most.
+pub(crate) fn until(done: impl FnMut() -> bool) {
+    until_or(done, String::new);
+}
+
+/// Does what [`until`] does, and says what there is where it takes too long.
+fn until_or(mut done: impl FnMut() -> bool, found: impl Fn() -> String) {
+    let since = Instant::now();
     while !done() {
+        assert!(since.elapsed() < Duration::from_secs(300), "waited in vain: {}", found());
         thread::yield_now();
     }
 }
