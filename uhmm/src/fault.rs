@@ -7,8 +7,7 @@
 //!
 //! 1. begin a read section, which waits while an invalidation of the mirror is under way;
 //! 2. look at the page tables, without faulting;
-//! 3. if a page is not usable as asked, end the section, fault the page in, with nothing held, and
-//!    begin again;
+//! 3. if a page is not usable as asked, fault it in, with no lock held, and begin again;
 //! 4. else commit: take the mirror's lock, and if no invalidation came since the section began,
 //!    enter the pages; else begin again.
 //!
