@@ -151,7 +151,7 @@ impl AddressSpace {
         to: &Arc<DevicePagemap>,
         cause: MigrateCause,
     ) -> Migration<Isolated> {
-        let mut failures = self.fetch_home(range, to.owner());
+        let mut failures = self.fetch_home(range, to.owner(), MigrateCause::PeerFault).stayed;
         let isolation = self.backend().isolate(range, Select::System { to: to.owner() });
         // What could not be had then may have been had now.
         failures.retain(|failure| {
@@ -162,26 +162,17 @@ impl AddressSpace {
         Migration { failures, ..migration }
     }
 
-    /// Brings home what is on other devices than that of `owner`, and returns what could not be.
-    fn fetch_home(&self, range: PageRange, owner: Owner) -> Vec<Stayed> {
-        let foreign = self.backend().isolate(range, Select::Foreign(owner));
-        let mut stayed = if foreign.pages().is_empty() {
-            foreign.stayed().to_vec()
-        } else {
-            self.begin(foreign, Destination::System, MigrateCause::PeerFault).run().stayed
-        };
-        let others = [StayReason::Elsewhere, StayReason::Hole];
-        stayed.retain(|stayed| !others.contains(&stayed.reason));
-        stayed
-    }
-
     /// Moves the pages of `range` that are on a device of any owner to system memory. The others are
     /// not mentioned in the report.
     pub fn migrate_home(&self, range: PageRange) -> MigrateReport {
         // No device has an owner made just now, so each is foreign to it.
-        let nobody = Owner::new();
-        let isolation = self.backend().isolate(range, Select::Foreign(nobody));
-        let mut report = self.begin(isolation, Destination::System, MigrateCause::Request).run();
+        self.fetch_home(range, Owner::new(), MigrateCause::Request)
+    }
+
+    /// Moves what is on other devices than that of `owner` home, and reports of those pages alone.
+    fn fetch_home(&self, range: PageRange, owner: Owner, cause: MigrateCause) -> MigrateReport {
+        let isolation = self.backend().isolate(range, Select::Foreign(owner));
+        let mut report = self.begin(isolation, Destination::System, cause).run();
         let others = [StayReason::Elsewhere, StayReason::Hole];
         report.stayed.retain(|stayed| !others.contains(&stayed.reason));
         report
