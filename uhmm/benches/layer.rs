@@ -4,16 +4,24 @@
 //! is not what anybody runs, so its own share is measured too: what is left is this crate's.
 #![cfg(not(any(loom, shuttle)))]
 
+#[path = "../tests/plain/mod.rs"]
+mod plain;
+
 use std::hint::black_box;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
-use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use uhmm::policy::Policies;
+use criterion::{BatchSize, Bencher, Criterion, Throughput, criterion_group, criterion_main};
+use plain::{Counted, Plain};
+use uhmm::backend::{Placement, Select};
+use uhmm::policy::{
+    DensityPrefetch, FaultAround, LeastRecentlyUsed, MinimumResidency, Policies, ThrashThrottle,
+};
 use uhmm::sim::{Machine, Mapping, Process};
 use uhmm::{
-    Access, CopyJob, CopyKind, Device, DeviceFrame, DeviceMemory, DevicePagemap, Event, Frame,
-    Mirror, Order, OutOfDeviceMemory, PAGE_SIZE, PageEntry, PageRange, PagemapOptions, RangeFault,
-    SystemMemory,
+    Access, AddressSpace, CopyJob, CopyKind, Device, DeviceFrame, DeviceMemory, DevicePagemap,
+    Event, Frame, Mirror, Order, OutOfDeviceMemory, PAGE_SIZE, Page, PageEntry, PageRange,
+    PagemapOptions, RangeFault, SystemMemory,
 };
 
 /// One huge page, in pages.
@@ -219,5 +227,102 @@ fn migrate(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, floor, range_fault, migrate);
+/// Pages without contents, on a device.
+struct Empty {
+    space: AddressSpace,
+    pagemap: Arc<DevicePagemap>,
+    range: PageRange,
+}
+
+impl Empty {
+    fn new(in_place: bool, policies: Policies) -> Empty {
+        let plain = Plain::new(PAGES, Order::PAGE);
+        let options = PagemapOptions::new().policies(policies);
+        let pagemap = DevicePagemap::register_with(Counted::new(in_place), options);
+        let range = PageRange::new(0, (PAGES * PAGE_SIZE) as u64).expect("a range");
+        Empty { space: AddressSpace::new(Arc::new(plain)), pagemap, range }
+    }
+
+    fn to_device(&self) {
+        assert_eq!(self.space.migrate(self.range, &self.pagemap).run().moved, PAGES as u64);
+    }
+
+    /// Measures what brings one page home, `pause` after the one before it.
+    fn bench_home(&self, b: &mut Bencher<'_>, pause: Duration, home: impl Fn(Page)) {
+        let mut pages = self.range.iter();
+        self.space.migrate_home(self.range);
+        self.to_device();
+        b.iter_custom(|iterations| {
+            let mut time = Duration::ZERO;
+            for _ in 0..iterations {
+                let page = pages.next().unwrap_or_else(|| {
+                    self.to_device();
+                    pages = self.range.iter();
+                    pages.next().expect("it has pages")
+                });
+                let before = Instant::now();
+                while before.elapsed() < pause {}
+                let start = Instant::now();
+                home(page);
+                time += start.elapsed();
+            }
+            time
+        });
+    }
+}
+
+/// The default policies, but that nothing comes home along with a page.
+fn one_by_one() -> Policies {
+    Policies::none()
+        .and(DensityPrefetch::new())
+        .and(FaultAround::new().order(Order::PAGE))
+        .and(MinimumResidency::new())
+        .and(ThrashThrottle::new())
+        .and(LeastRecentlyUsed)
+}
+
+/// What this crate adds to the time of a move, on a backend that does nothing.
+fn layer(c: &mut Criterion) {
+    let mut group = c.benchmark_group("nothing but the layer");
+    let plain = Empty::new(false, Policies::none());
+    let select = Select::Device(plain.pagemap.owner());
+    group.bench_function("floor: the backend's part of bringing one page home", |b| {
+        plain.bench_home(b, Duration::ZERO, |page| {
+            let mut isolation = plain.space.backend().isolate(page.into(), select);
+            isolation.allocate_home(0).expect("there is always room");
+            black_box(isolation.commit(vec![Placement::Home]));
+        });
+    });
+    // The policies of time look at the last moments: faults come one in 10 us, as they do at best.
+    let often = Duration::from_micros(10);
+    for (name, in_place, policies, pause) in [
+        ("no policies", false, Policies::none(), Duration::ZERO),
+        ("no policies, in place", true, Policies::none(), Duration::ZERO),
+        ("the default policies", false, one_by_one(), often),
+    ] {
+        let empty = Empty::new(in_place, policies);
+        group.bench_function(format!("bring one page home: {name}"), |b| {
+            empty.bench_home(b, pause, |page| {
+                let backend = empty.space.backend();
+                empty.pagemap.bring_home(backend, page, Order::PAGE).expect("nothing fails");
+            });
+        });
+    }
+    group.throughput(Throughput::Elements(PAGES as u64));
+    for (name, in_place) in [("512 pages", false), ("512 pages, in place", true)] {
+        let empty = Empty::new(in_place, Policies::none());
+        group.bench_function(format!("{name}: to the device"), |b| {
+            let at_home = || _ = empty.space.migrate_home(empty.range);
+            b.iter_batched(at_home, |()| empty.to_device(), BatchSize::PerIteration);
+        });
+        empty.space.migrate_home(empty.range);
+        group.bench_function(format!("{name}: home"), |b| {
+            let home = |()| assert_eq!(empty.space.migrate_home(empty.range).moved, PAGES as u64);
+            b.iter_batched(|| empty.to_device(), home, BatchSize::PerIteration);
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, floor, range_fault, migrate, layer);
 criterion_main!(benches);

@@ -85,7 +85,11 @@ pub trait Backend: Send + Sync + 'static {
     /// [`Elsewhere`](crate::StayReason::Elsewhere) for what a selection of device pages does not
     /// find there, [`AlreadyThere`](crate::StayReason::AlreadyThere) where pages in system memory are
     /// selected for those that are in the memory they are to go to, `Elsewhere` for those on other
-    /// devices, and what stands in the way for all others. A page that is mapped several times in
+    /// devices, and what stands in the way for all others:
+    /// [`Reserved`](crate::StayReason::Reserved), [`Locked`](crate::StayReason::Locked),
+    /// [`ReadOnly`](crate::StayReason::ReadOnly), [`Handled`](crate::StayReason::Handled) and
+    /// [`Unsupported`](crate::StayReason::Unsupported) are those of pages that this backend will not
+    /// take for as long as they are mapped the way they are. A page that is mapped several times in
     /// `range` is taken once: its other places are neither among the pages nor among those that
     /// stayed.
     ///
@@ -178,6 +182,10 @@ pub trait Isolation: Send + fmt::Debug {
     /// Allocates system memory for the page at `index` to come home to: a block of its order.
     /// Belongs to the isolation until it is committed there.
     ///
+    /// Of a page on a device that is [in place](DeviceBlock::in_place) in system memory, that may be
+    /// the frame where it is. Then there is nothing to copy, and the commit takes the memory over
+    /// from the block before it drops it.
+    ///
     /// # Errors
     ///
     /// [`OutOfSystemMemory`]. For a large page, splitting it may help.
@@ -186,6 +194,11 @@ pub trait Isolation: Send + fmt::Debug {
     /// Ends the isolation: page `i` is now where `placements[i]` says, with the contents that are
     /// there, and can be used again. Cannot fail: what was allocated for another place is freed,
     /// and what the page leaves is freed.
+    ///
+    /// A block of device memory that is [in place](DeviceBlock::in_place) at the frame that the page
+    /// is in is no other place: the contents stay where they are, and the memory is the block's from
+    /// now on. A block that adopted the frame and is not placed was dropped before this call, and
+    /// before a drop of the isolation.
     ///
     /// Returns for each page whether there was somebody left to have it: a page that was unmapped
     /// meanwhile is dropped, wherever it was to go.
@@ -220,7 +233,8 @@ pub enum Source {
 pub enum Placement {
     /// Where it was.
     Back,
-    /// In this block of device memory, of the page's order.
+    /// In this block of device memory, of the page's order: a copy, or the frame itself where the
+    /// block is [in place](DeviceBlock::in_place) there.
     Device(DeviceBlock),
     /// In the system memory that [`Isolation::allocate_home`] gave.
     Home,

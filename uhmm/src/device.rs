@@ -84,10 +84,38 @@ pub trait DeviceMemory: Send + Sync + 'static {
     /// they are.
     fn allocate(&self, order: Order) -> Result<DeviceFrame, OutOfDeviceMemory>;
 
+    /// Takes over the block of system memory at `from`, which an isolation has, as a block of this
+    /// memory: instead of a copy, where the device's memory *is* `memory`. The default takes over
+    /// nothing.
+    ///
+    /// The block that is returned has the contents already, is [in place](DeviceMemory::in_place) at
+    /// `from`, and counts against the capacity like one that was allocated. The isolation has the
+    /// contents until it is committed: until then the device stores nothing to the block, and
+    /// [`free`](DeviceMemory::free) of it ends the adoption and nothing else. From the commit on the
+    /// block is the memory at `from`, and `free` gives that back to where system memory comes from.
+    /// So only the backend whose memory it is can make a memory that adopts; others wrap one.
+    ///
+    /// `None` says that the block is to be allocated and copied.
+    fn adopt(&self, memory: &dyn SystemMemory, from: Frame, order: Order) -> Option<DeviceFrame> {
+        let _ = (memory, from, order);
+        None
+    }
+
+    /// Returns which frame of `memory` this page of the device is, if it is one: what was
+    /// [adopted](DeviceMemory::adopt), or allocated where `memory` has it. The pages of a block are
+    /// consecutive there too. The default has nothing in system memory.
+    ///
+    /// A page that comes home to the frame that it is in place at is not copied. Called under locks
+    /// of a backend: it waits for nobody.
+    fn in_place(&self, memory: &dyn SystemMemory, frame: DeviceFrame) -> Option<Frame> {
+        let _ = (memory, frame);
+        None
+    }
+
     /// Takes a block back. The device uses no translation to it any more.
     ///
-    /// A block may come back in smaller pieces than it was allocated in. Called from drop handlers:
-    /// it must not fail, fault or migrate.
+    /// A block may come back in smaller pieces than it was allocated or adopted in. Called from drop
+    /// handlers: it must not fail, fault or migrate.
     fn free(&self, frame: DeviceFrame, order: Order);
 
     /// Does `jobs`, and calls [`CopyJob::complete`] on each that is done. One that is left is

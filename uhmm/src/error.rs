@@ -183,4 +183,21 @@ pub enum StayReason {
     /// A policy kept it.
     #[error("a policy kept it")]
     Policy,
+    /// It may hold what bringing it home needs: were it away, a touch of it could wait for itself.
+    #[error("it may hold what bringing it home needs")]
+    Reserved,
+    /// It is locked in memory (`mlock(2)`).
+    #[error("it is locked in memory")]
+    Locked,
+    /// Its mapping allows no stores, and the backend can move such a page only where changes are
+    /// [announced](crate::Coherence::Announced).
+    #[error("its mapping allows no stores, and moving it takes announced changes")]
+    ReadOnly,
+    /// Somebody else handles its faults, so nobody here would hear of a touch of it: the program's
+    /// own `userfaultfd(2)`.
+    #[error("its faults are handled by somebody else")]
+    Handled,
+    /// The system does not allow it to be moved.
+    #[error("the system does not allow it")]
+    Unsupported,
 }

@@ -9,13 +9,16 @@
 //!    ends the announcement. From here nobody reaches them: a CPU that touches one sleeps, a device
 //!    that faults on one sleeps. Their contents stay where they were.
 //! 2. **Copy.** Each page gets a destination of its own and is copied there. Nothing is freed. A page
-//!    for which there is no room, or whose copy fails, is marked to go back.
+//!    for which there is no room, or whose copy fails, is marked to go back. Where a device's memory
+//!    is system memory, the destination may be the place where the contents are: then there is one
+//!    copy all along, which the isolation has until the commit.
 //! 3. **Commit.** One call to the backend says of each page where it is now, and frees the other
 //!    place. It cannot fail.
 //!
 //! Whatever is dropped before the third step, also by a panic, drops the isolation, which puts every
 //! page back where its contents never left; the destinations are freed with the blocks that own
-//! them. So there is one current copy at every instant (invariant *Whole*), and it is the one that
+//! them, before that: a block that adopted a page's memory must not outlive the isolation that has
+//! it. So there is one current copy at every instant (invariant *Whole*), and it is the one that
 //! the page tables lead to, or would lead to once the page is out of transit.
 //!
 //! No lock is held across these steps, by anybody (acceptance X09). What may change meanwhile is
@@ -32,13 +35,15 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use mmu_notifier::Owner;
+use smallvec::{SmallVec, smallvec};
 
 use crate::address_space::{AddressSpace, SpaceId};
 use crate::backend::{
-    Backend, CannotSplit, Committed, IsolatedPage, Isolation, Placement, ReverseMap, Select, Source,
+    Backend, CannotSplit, Committed, IsolatedPage, Isolation, Placement, ReverseMap, Select,
+    Source, SystemMemory,
 };
 use crate::device::{CopyJob, CopyKind};
-use crate::entry::DeviceLocation;
+use crate::entry::{DeviceLocation, Frame};
 use crate::error::{FaultError, StayReason, Stayed};
 use crate::page::{Order, Page, PageRange};
 use crate::pagemap::{DeviceBlock, DevicePagemap, StillResident};
@@ -59,12 +64,17 @@ const EVICTED_AT_ONCE: u64 = Order::HUGE.pages();
 #[must_use = "dropping a migration puts every page back"]
 #[doc(alias = "migrate_vma")]
 pub struct Migration<P: Step> {
+    // The blocks end before the isolation does: one may have adopted what the isolation has.
+    placements: Vec<Placement>,
     // The isolation ends before the user reference does: its end is an operation on the space.
     isolation: Box<dyn Isolation>,
-    to: Destination,
+    to: Location,
+    /// One for each device that pages go to or come from. To a device there is just that one.
+    routes: Routes,
+    /// One for each placement.
+    passages: SmallVec<[Passage; 1]>,
     cause: MigrateCause,
     space: Option<SpaceId>,
-    placements: Vec<Placement>,
     failures: Vec<Stayed>,
     user: Option<AddressSpace>,
     step: PhantomData<(P, *const ())>,
@@ -89,14 +99,36 @@ mod private {
 impl Step for Isolated {}
 impl Step for Copied {}
 
-#[derive(Clone)]
-enum Destination {
-    Device(Arc<DevicePagemap>),
-    System,
+/// The way between system memory and that of one device.
+struct Route {
+    pagemap: Arc<DevicePagemap>,
+    /// What its copy engine is to do.
+    jobs: SmallVec<[CopyJob; 1]>,
+    /// The index of the page that each job is for.
+    pages: SmallVec<[usize; 1]>,
 }
 
-/// Copies, each with the index of its page.
-type Jobs = Vec<(usize, CopyJob)>;
+// Most migrations are of one page that a CPU has touched: those allocate nothing for any of this.
+type Routes = SmallVec<[Route; 1]>;
+
+/// How one page gets to where it is to be.
+struct Passage {
+    pages: PageRange,
+    /// The index of its route; `None` if it goes back.
+    route: Option<usize>,
+    cargo: Cargo,
+}
+
+/// What there is to carry of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cargo {
+    /// Its contents.
+    Contents,
+    /// Nothing: its contents are zeroes.
+    Zeroes,
+    /// Nothing: its contents are there already.
+    InPlace,
+}
 
 /// What became of the pages of a migration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -104,7 +136,8 @@ type Jobs = Vec<(usize, CopyJob)>;
 pub struct MigrateReport {
     /// How many pages are now where they were to go.
     pub moved: u64,
-    /// How many of those had no contents and were not copied.
+    /// How many of those were not copied: they had no contents, or the device's memory is where
+    /// their contents were.
     pub without_copy: u64,
     /// The pages that were asked for and did not move, each with the reason, by address.
     pub stayed: Vec<Stayed>,
@@ -158,8 +191,9 @@ impl AddressSpace {
             let taken = |page: &IsolatedPage| page.page.block(page.order).overlaps(failure.pages);
             !isolation.pages().iter().any(taken)
         });
-        let migration = self.begin(isolation, Destination::Device(Arc::clone(to)), cause);
-        Migration { failures, ..migration }
+        let migration = Migration::to(to, isolation, cause);
+        let (space, user) = (Some(self.mm().id()), Some(self.clone()));
+        Migration { failures, space, user, ..migration }
     }
 
     /// Moves the pages of `range` that are on a device of any owner to system memory. The others are
@@ -172,20 +206,11 @@ impl AddressSpace {
     /// Moves what is on other devices than that of `owner` home, and reports of those pages alone.
     fn fetch_home(&self, range: PageRange, owner: Owner, cause: MigrateCause) -> MigrateReport {
         let isolation = self.backend().isolate(range, Select::Foreign(owner));
-        let mut report = self.begin(isolation, Destination::System, cause).run();
+        let migration = Migration::home(isolation, cause, Some(self.mm().id()));
+        let mut report = Migration { user: Some(self.clone()), ..migration }.run();
         let others = [StayReason::Elsewhere, StayReason::Hole];
         report.stayed.retain(|stayed| !others.contains(&stayed.reason));
         report
-    }
-
-    fn begin(
-        &self,
-        isolation: Box<dyn Isolation>,
-        to: Destination,
-        cause: MigrateCause,
-    ) -> Migration<Isolated> {
-        let migration = Migration::new(isolation, to, cause, Some(self.mm().id()));
-        Migration { user: Some(self.clone()), ..migration }
     }
 }
 
@@ -213,18 +238,30 @@ impl<P: Step> Migration<P> {
 }
 
 impl Migration<Isolated> {
-    fn new(
+    /// Begins to move isolated pages to a device.
+    fn to(
+        pagemap: &Arc<DevicePagemap>,
         isolation: Box<dyn Isolation>,
-        to: Destination,
+        cause: MigrateCause,
+    ) -> Migration<Isolated> {
+        let routes = smallvec![Route::of(pagemap)];
+        Migration { to: Location::Device, routes, ..Migration::home(isolation, cause, None) }
+    }
+
+    /// Begins to move isolated pages home.
+    fn home(
+        isolation: Box<dyn Isolation>,
         cause: MigrateCause,
         space: Option<SpaceId>,
     ) -> Migration<Isolated> {
         Migration {
+            placements: Vec::new(),
             isolation,
-            to,
+            to: Location::System,
+            routes: Routes::new(),
+            passages: SmallVec::new(),
             cause,
             space,
-            placements: Vec::new(),
             failures: Vec::new(),
             user: None,
             step: PhantomData,
@@ -234,16 +271,23 @@ impl Migration<Isolated> {
     /// Finds a place for each page and copies it there. What finds no place, or cannot be copied,
     /// will stay; nothing is lost and nothing is freed.
     pub fn copy(mut self) -> Migration<Copied> {
-        match self.to.clone() {
-            Destination::Device(pagemap) => self.copy_to(&pagemap),
-            Destination::System => self.copy_home(),
+        let memory = self.isolation.memory();
+        let pages = self.isolation.pages().len();
+        self.placements.reserve(pages);
+        self.passages.reserve(pages);
+        match self.to {
+            Location::Device => self.place_on_device(&*memory),
+            Location::System => self.place_at_home(&*memory),
         }
+        self.do_jobs(&*memory);
         Migration {
+            placements: self.placements,
             isolation: self.isolation,
             to: self.to,
+            routes: self.routes,
+            passages: self.passages,
             cause: self.cause,
             space: self.space,
-            placements: self.placements,
             failures: self.failures,
             user: self.user,
             step: PhantomData,
@@ -255,90 +299,108 @@ impl Migration<Isolated> {
         self.copy().commit()
     }
 
-    fn copy_to(&mut self, to: &Arc<DevicePagemap>) {
+    fn place_on_device(&mut self, memory: &dyn SystemMemory) {
+        let to = Arc::clone(&self.routes[0].pagemap);
         to.make_room(self.pages());
-        let mut jobs = Vec::with_capacity(self.isolation.pages().len());
         // A device that had no single page left has none for the next either.
         let mut full = false;
         // Splitting makes the list longer as we go.
         while let Some(&page) = self.isolation.pages().get(self.placements.len()) {
             let index = self.placements.len();
-            match to.allocate(page.order, full) {
+            let isolated = match page.source {
+                Source::Zero => None,
+                Source::System(frame) => Some((memory, frame)),
+                Source::Device(_) => unreachable!("only pages in system memory were taken"),
+            };
+            match to.allocate(page.order, isolated, full) {
                 Some(block) => {
                     let to = block.location().frame;
-                    let kind = match page.source {
-                        Source::Zero => CopyKind::Clear { to },
-                        Source::System(from) => CopyKind::In { from, to },
-                        Source::Device(_) => unreachable!("only pages in system memory were taken"),
+                    let (cargo, kind) = match isolated {
+                        None => (Cargo::Zeroes, Some(CopyKind::Clear { to })),
+                        Some((_, from)) if block.in_place(memory) == Some(from) => {
+                            (Cargo::InPlace, None)
+                        }
+                        Some((_, from)) => (Cargo::Contents, Some(CopyKind::In { from, to })),
                     };
-                    jobs.push((index, CopyJob::new(kind, page.order)));
-                    self.placements.push(Placement::Device(block));
+                    let job = kind.map(|kind| CopyJob::new(kind, page.order));
+                    self.place(Placement::Device(block), 0, cargo, job);
                 }
                 None if page.order > Order::PAGE && !full => match self.isolation.split(index) {
                     Ok(()) => to.counters.splits(1),
-                    Err(CannotSplit) => self.put_back(index, StayReason::LargePage),
+                    Err(CannotSplit) => self.put_back(StayReason::LargePage),
                 },
                 None => {
                     full = true;
-                    self.put_back(index, StayReason::OutOfDeviceMemory);
+                    self.put_back(StayReason::OutOfDeviceMemory);
                 }
             }
         }
-        self.do_jobs(to, jobs);
     }
 
-    fn copy_home(&mut self) {
-        let mut jobs: Vec<(Arc<DevicePagemap>, Jobs)> = Vec::new();
+    fn place_at_home(&mut self, memory: &dyn SystemMemory) {
         while let Some(&page) = self.isolation.pages().get(self.placements.len()) {
             let index = self.placements.len();
-            let Some((pagemap, from)) = self.place_of(index) else {
-                self.put_back(index, StayReason::Elsewhere);
+            let Some(block) = self.isolation.block(index) else {
+                self.put_back(StayReason::Elsewhere);
                 continue;
             };
+            let (from, in_place) = (block.location().frame, block.in_place(memory));
+            let route = route_of(&mut self.routes, block.pagemap());
             match self.isolation.allocate_home(index) {
+                Ok(to) if in_place == Some(to) => {
+                    self.place(Placement::Home, route, Cargo::InPlace, None);
+                }
                 Ok(to) => {
-                    let job = CopyJob::new(CopyKind::Out { from: from.frame, to }, page.order);
-                    match jobs.iter_mut().find(|(of, _)| Arc::ptr_eq(of, &pagemap)) {
-                        Some((_, jobs)) => jobs.push((index, job)),
-                        None => jobs.push((pagemap, vec![(index, job)])),
-                    }
-                    self.placements.push(Placement::Home);
+                    let job = CopyJob::new(CopyKind::Out { from, to }, page.order);
+                    self.place(Placement::Home, route, Cargo::Contents, Some(job));
                 }
                 Err(_) if page.order > Order::PAGE && self.isolation.split(index).is_ok() => {
-                    pagemap.counters.splits(1);
+                    self.routes[route].pagemap.counters.splits(1);
                 }
-                Err(_) => self.put_back(index, StayReason::OutOfSystemMemory),
+                Err(_) => self.put_back(StayReason::OutOfSystemMemory),
             }
         }
-        for (pagemap, jobs) in jobs {
-            self.do_jobs(&pagemap, jobs);
+    }
+
+    /// Says where the next page is to be, and how it gets there.
+    fn place(&mut self, placement: Placement, route: usize, cargo: Cargo, job: Option<CopyJob>) {
+        let index = self.placements.len();
+        let pages = self.range_of(index);
+        self.placements.push(placement);
+        self.passages.push(Passage { pages, route: Some(route), cargo });
+        if let Some(job) = job {
+            self.routes[route].jobs.push(job);
+            self.routes[route].pages.push(index);
         }
     }
 
-    fn place_of(&self, index: usize) -> Option<(Arc<DevicePagemap>, DeviceLocation)> {
-        let block = self.isolation.block(index)?;
-        Some((Arc::clone(block.pagemap()), block.location()))
-    }
-
-    fn put_back(&mut self, index: usize, reason: StayReason) {
-        self.stay(index, reason);
+    /// Says that the next page is to go back.
+    fn put_back(&mut self, reason: StayReason) {
+        let index = self.placements.len();
+        let pages = self.range_of(index);
         self.placements.push(Placement::Back);
+        self.passages.push(Passage { pages, route: None, cargo: Cargo::Contents });
+        self.stay(index, reason);
     }
 
-    /// Has the device copy, and marks the pages whose copies failed to go back.
-    fn do_jobs(&mut self, pagemap: &DevicePagemap, jobs: Jobs) {
-        if jobs.is_empty() {
-            return;
-        }
-        let (indexes, mut jobs): (Vec<_>, Vec<_>) = jobs.into_iter().unzip();
-        pagemap.memory().copy(&*self.isolation.memory(), &mut jobs);
-        for (index, job) in indexes.into_iter().zip(jobs) {
-            if !job.is_complete() {
-                pagemap.counters.failed_copies(1);
-                self.stay(index, StayReason::CopyFailed);
-                self.placements[index] = Placement::Back;
+    /// Has the devices copy, and marks the pages whose copies failed to go back.
+    fn do_jobs(&mut self, memory: &dyn SystemMemory) {
+        let mut routes = std::mem::take(&mut self.routes);
+        for Route { pagemap, jobs, pages } in &mut routes {
+            if jobs.is_empty() {
+                continue;
+            }
+            pagemap.memory().copy(memory, jobs);
+            for (job, &index) in jobs.iter().zip(&*pages) {
+                if !job.is_complete() {
+                    pagemap.counters.failed_copies(1);
+                    self.placements[index] = Placement::Back;
+                    self.passages[index].route = None;
+                    self.stay(index, StayReason::CopyFailed);
+                }
             }
         }
+        self.routes = routes;
     }
 }
 
@@ -346,13 +408,7 @@ impl Migration<Copied> {
     /// Makes the new places the pages' only ones. Cannot fail. On return every page can be used
     /// again, wherever it is.
     pub fn commit(mut self) -> MigrateReport {
-        let reverse_map = self.isolation.reverse_map();
-        // Before the commit: from then on somebody may free the block, and that takes it out again.
-        for placement in &self.placements {
-            if let Placement::Device(block) = placement {
-                block.settle(&reverse_map);
-            }
-        }
+        self.settle();
         let mut report =
             MigrateReport { stayed: self.isolation.stayed().to_vec(), ..MigrateReport::default() };
         let failures = std::mem::take(&mut self.failures);
@@ -361,69 +417,86 @@ impl Migration<Copied> {
             .stayed
             .retain(|stayed| !failures.iter().any(|failure| failure.pages.overlaps(stayed.pages)));
         report.stayed.extend(failures);
-        let mut tally = Tally::default();
-        let pages = self.isolation.pages().to_vec();
-        let owners: Vec<_> = (0..pages.len()).map(|index| self.pagemap_of(index)).collect();
         let committed = self.isolation.commit(self.placements);
-        for ((page, pagemap), committed) in pages.iter().zip(owners).zip(committed) {
-            let range = page.page.block(page.order);
-            // Those without a pagemap go back.
-            let Some(pagemap) = pagemap else { continue };
+        let mut tally = Tally { routes: &self.routes, to: self.to, runs: SmallVec::new() };
+        for (passage, committed) in self.passages.iter().zip(committed) {
+            let (Some(route), pages) = (passage.route, passage.pages) else { continue };
             match committed {
-                Committed::Gone => {
-                    report.stayed.push(Stayed { pages: range, reason: StayReason::Gone });
-                }
+                Committed::Gone => report.stayed.push(Stayed { pages, reason: StayReason::Gone }),
                 Committed::Placed => {
-                    report.moved += range.pages();
-                    if page.source == Source::Zero {
-                        report.without_copy += range.pages();
-                        pagemap.counters.in_without_copy(range.pages());
+                    report.moved += pages.pages();
+                    if passage.cargo != Cargo::Contents {
+                        report.without_copy += pages.pages();
                     }
-                    tally.add(pagemap, range);
+                    tally.add(route, pages, passage.cargo);
                 }
             }
         }
         report.stayed.sort_by_key(|stayed| stayed.pages.first());
-        let to = match self.to {
-            Destination::Device(_) => Location::Device,
-            Destination::System => Location::System,
-        };
-        tally.tell(to, self.cause, self.space);
+        tally.tell(self.cause, self.space);
         report
     }
 
-    /// Returns whose memory the page at `index` goes to or comes from, if it moves.
-    fn pagemap_of(&self, index: usize) -> Option<Arc<DevicePagemap>> {
-        match &self.placements[index] {
-            Placement::Back => None,
-            Placement::Device(block) => Some(Arc::clone(block.pagemap())),
-            Placement::Home => self.isolation.block(index).map(|block| Arc::clone(block.pagemap())),
+    /// Lets eviction choose the blocks that the pages will be in. Before the commit: from then on
+    /// somebody may free a block, and that takes it out again.
+    fn settle(&self) {
+        if self.to == Location::Device {
+            let blocks = self.placements.iter().filter_map(|placement| match placement {
+                Placement::Device(block) => Some(block),
+                Placement::Back | Placement::Home => None,
+            });
+            self.routes[0].pagemap.settle(blocks, &self.isolation.reverse_map());
         }
     }
 }
 
-/// Pages that moved, in runs.
-#[derive(Default)]
-struct Tally {
-    runs: Vec<(Arc<DevicePagemap>, PageRange)>,
+impl Route {
+    fn of(pagemap: &Arc<DevicePagemap>) -> Route {
+        Route { pagemap: Arc::clone(pagemap), jobs: SmallVec::new(), pages: SmallVec::new() }
+    }
 }
 
-impl Tally {
-    fn add(&mut self, pagemap: Arc<DevicePagemap>, range: PageRange) {
+/// Returns the index of the route of `pagemap`, which becomes one if it is not yet.
+fn route_of(routes: &mut Routes, pagemap: &Arc<DevicePagemap>) -> usize {
+    let known = routes.iter().position(|route| Arc::ptr_eq(&route.pagemap, pagemap));
+    known.unwrap_or_else(|| {
+        routes.push(Route::of(pagemap));
+        routes.len() - 1
+    })
+}
+
+/// Pages that moved, in runs, each with the index of its route.
+struct Tally<'a> {
+    routes: &'a Routes,
+    to: Location,
+    runs: SmallVec<[(usize, PageRange); 1]>,
+}
+
+impl Tally<'_> {
+    fn add(&mut self, route: usize, pages: PageRange, cargo: Cargo) {
+        let counters = &self.routes[route].pagemap.counters;
+        match (cargo, self.to) {
+            (Cargo::Contents, _) => {}
+            (Cargo::Zeroes, _) => counters.in_without_copy(pages.pages()),
+            (Cargo::InPlace, Location::Device) => counters.in_by_adoption(pages.pages()),
+            (Cargo::InPlace, Location::System) => counters.home_in_place(pages.pages()),
+        }
         if let Some((of, run)) = self.runs.last_mut()
-            && Arc::ptr_eq(of, &pagemap)
-            && run.last().checked_add(1) == Some(range.first())
-            && let Some(longer) = PageRange::from_bounds(run.first(), range.last())
+            && *of == route
+            && run.last().checked_add(1) == Some(pages.first())
+            && let Some(longer) = PageRange::from_bounds(run.first(), pages.last())
         {
             *run = longer;
         } else {
-            self.runs.push((pagemap, range));
+            self.runs.push((route, pages));
         }
     }
 
     /// Counts the moves, and tells the policies of them.
-    fn tell(self, to: Location, cause: MigrateCause, space: Option<SpaceId>) {
-        for (pagemap, pages) in self.runs {
+    fn tell(self, cause: MigrateCause, space: Option<SpaceId>) {
+        let to = self.to;
+        for (route, pages) in self.runs {
+            let pagemap = &self.routes[route].pagemap;
             let owner = pagemap.owner();
             tracing::debug!(target: "uhmm", %pages, ?owner, ?to, ?cause, "migrated");
             pagemap.counters.moved(to, cause, pages.pages());
@@ -464,7 +537,7 @@ impl DevicePagemap {
         }
         let isolation = backend.isolate(plan.range, Select::Device(self.owner()));
         let cause = MigrateCause::CpuFault;
-        let report = Migration::new(isolation, Destination::System, cause, Some(space)).run();
+        let report = Migration::home(isolation, cause, Some(space)).run();
         match report.reason(page) {
             None
             | Some(
@@ -507,7 +580,7 @@ impl DevicePagemap {
             for (reverse_map, locations) in by_map(chosen) {
                 let isolation = reverse_map.isolate(&locations);
                 let cause = MigrateCause::Eviction;
-                let report = Migration::new(isolation, Destination::System, cause, None).run();
+                let report = Migration::home(isolation, cause, None).run();
                 let gone = report.stayed.iter().filter(|stayed| stayed.reason == StayReason::Gone);
                 evicted += report.moved + gone.map(|stayed| stayed.pages.pages()).sum::<u64>();
             }
@@ -546,10 +619,16 @@ impl DevicePagemap {
         }
     }
 
-    /// Allocates a block, making room for it unless `full` says that there is none to be had.
-    fn allocate(self: &Arc<Self>, order: Order, full: bool) -> Option<DeviceBlock> {
+    /// Adopts `isolated`, or allocates a block, making room for it unless `full` says that there is
+    /// none to be had.
+    fn allocate(
+        self: &Arc<Self>,
+        order: Order,
+        isolated: Option<(&dyn SystemMemory, Frame)>,
+        full: bool,
+    ) -> Option<DeviceBlock> {
         for round in 0..=EVICTIONS {
-            if let Ok(block) = self.try_allocate(order) {
+            if let Ok(block) = self.try_allocate(order, isolated) {
                 return Some(block);
             }
             // What is free and not in one piece does not become so by freeing more of it.

@@ -5,7 +5,7 @@
 //! A [`DeviceBlock`] *is* the memory it stands for: whoever holds it owns the block, and its drop
 //! gives the block back to the device's allocator. A backend keeps the block of a page that is on
 //! a device inside that page, so a page that goes away frees its device memory by itself, once, and
-//! a block that is split is freed piece by piece. There is no count beside it that could disagree
+//! a block that is cut is freed piece by piece. There is no count beside it that could disagree
 //! (regressions 43, 56).
 //!
 //! The pagemap knows each block in use only by its place in the device and by the [`ReverseMap`] that
@@ -25,10 +25,10 @@ use std::time::Duration;
 
 use mmu_notifier::Owner;
 
-use crate::backend::ReverseMap;
+use crate::backend::{ReverseMap, SystemMemory};
 use crate::clock::Clock;
 use crate::device::{DeviceMemory, OutOfDeviceMemory};
-use crate::entry::{DeviceFrame, DeviceLocation};
+use crate::entry::{DeviceFrame, DeviceLocation, Frame};
 use crate::page::Order;
 use crate::policy::{Candidate, Policies};
 use crate::primitive::{Mutex, lock};
@@ -95,7 +95,7 @@ pub struct DeviceBlock {
     pagemap: Arc<DevicePagemap>,
     frame: DeviceFrame,
     order: Order,
-    /// Whether this is still the owner: not after it was split.
+    /// Whether this is still the owner: not after it was cut.
     owned: bool,
 }
 
@@ -225,10 +225,12 @@ impl DevicePagemap {
         }
     }
 
-    /// Allocates a block without making room for it.
+    /// Makes a block without making room for it: adopts `isolated` if the memory does that, or else
+    /// allocates.
     pub(crate) fn try_allocate(
         self: &Arc<Self>,
         order: Order,
+        isolated: Option<(&dyn SystemMemory, Frame)>,
     ) -> Result<DeviceBlock, OutOfDeviceMemory> {
         let pages = order.pages();
         {
@@ -239,7 +241,11 @@ impl DevicePagemap {
             accounts.used += pages;
         }
         let mut reserved = Reserved { pagemap: self, pages };
-        let frame = self.memory.allocate(order)?;
+        let adopted = isolated.and_then(|(memory, from)| self.memory.adopt(memory, from, order));
+        let frame = match adopted {
+            Some(frame) => frame,
+            None => self.memory.allocate(order)?,
+        };
         reserved.pages = 0;
         let mut accounts = lock(&self.accounts);
         accounts.peak = accounts.peak.max(accounts.used);
@@ -264,6 +270,22 @@ impl DevicePagemap {
     /// Gives out blocks again, after an [`evict_all`](DevicePagemap::evict_all).
     pub fn reopen(&self) {
         lock(&self.accounts).closed = false;
+    }
+
+    /// Enters blocks of this memory among those that eviction may choose. Their pages must be ones
+    /// that `reverse_map` will know, or refuse as in transit until it does.
+    pub(crate) fn settle<'a>(
+        &self,
+        blocks: impl Iterator<Item = &'a DeviceBlock>,
+        reverse_map: &Arc<dyn ReverseMap>,
+    ) {
+        let now = self.clock.now();
+        let mut accounts = lock(&self.accounts);
+        for block in blocks {
+            let (order, reverse_map) = (block.order, Arc::clone(reverse_map));
+            let resident = Resident { order, arrived: now, used: now, reverse_map };
+            accounts.resident.insert(block.frame, resident);
+        }
     }
 
     /// Lists the blocks that hold pages, each with the map that knows it.
@@ -300,45 +322,48 @@ impl DeviceBlock {
         &self.pagemap
     }
 
-    /// Splits it into single pages, in ascending order.
-    pub fn split(mut self) -> Vec<DeviceBlock> {
-        self.owned = false;
-        let pagemap = Arc::clone(&self.pagemap);
-        let (first, order) = (self.frame, self.order);
-        let frames = (first.0..).map(DeviceFrame).take(order.pages() as usize);
-        {
-            let mut accounts = lock(&pagemap.accounts);
-            if let Some(whole) = accounts.resident.remove(&first) {
-                for frame in frames.clone() {
-                    let piece = Resident {
-                        order: Order::PAGE,
-                        reverse_map: Arc::clone(&whole.reverse_map),
-                        ..whole
-                    };
-                    accounts.resident.insert(frame, piece);
-                }
-            }
-        }
-        let piece = |frame| DeviceBlock {
-            pagemap: Arc::clone(&pagemap),
-            frame,
-            order: Order::PAGE,
-            owned: true,
-        };
-        frames.map(piece).collect()
+    /// Returns which frame of `memory` it begins at, if the device has its memory there. See
+    /// [`DeviceMemory::in_place`].
+    pub fn in_place(&self, memory: &dyn SystemMemory) -> Option<Frame> {
+        self.pagemap.memory.in_place(memory, self.frame)
     }
 
-    /// Enters the block among those that eviction may choose. Its page must be one that
-    /// `reverse_map` will know, or refuse as in transit until it does.
-    pub(crate) fn settle(&self, reverse_map: &Arc<dyn ReverseMap>) {
-        let now = self.pagemap.clock.now();
-        let resident = Resident {
-            order: self.order,
-            arrived: now,
-            used: now,
-            reverse_map: Arc::clone(reverse_map),
+    /// Splits it into single pages, in ascending order.
+    pub fn split(self) -> Vec<DeviceBlock> {
+        self.cut(Order::PAGE)
+    }
+
+    /// Splits it into its two halves, in ascending order.
+    ///
+    /// # Panics
+    ///
+    /// If it is a single page, which has no halves.
+    pub fn halve(self) -> [DeviceBlock; 2] {
+        assert!(self.order > Order::PAGE, "a single page has no halves");
+        let order = self.order.smaller();
+        self.cut(order).try_into().expect("a block has two halves")
+    }
+
+    /// Cuts it into blocks of `order`, which is no larger than its own, in ascending order. The
+    /// accounts know the pieces when this returns.
+    fn cut(mut self, order: Order) -> Vec<DeviceBlock> {
+        self.owned = false;
+        let pagemap = Arc::clone(&self.pagemap);
+        let end = self.frame.0 + self.order.pages();
+        let frames = (self.frame.0..end).step_by(order.pages() as usize).map(DeviceFrame);
+        let mut accounts = lock(&pagemap.accounts);
+        if let Some(whole) = accounts.resident.remove(&self.frame) {
+            for frame in frames.clone() {
+                let reverse_map = Arc::clone(&whole.reverse_map);
+                accounts.resident.insert(frame, Resident { order, reverse_map, ..whole });
+            }
+        }
+        drop(accounts);
+        let piece = |frame| {
+            let pagemap = Arc::clone(&pagemap);
+            DeviceBlock { pagemap, frame, order, owned: true }
         };
-        lock(&self.pagemap.accounts).resident.insert(self.frame, resident);
+        frames.map(piece).collect()
     }
 }
 

@@ -74,6 +74,8 @@ counters! {
         in_by_device_fault,
         /// Of all that came, pages that had no contents and were not copied.
         in_without_copy,
+        /// Of all that came, pages whose memory became the device's, as it was.
+        in_by_adoption,
         /// Pages that went home because somebody asked for it.
         home_by_request,
         /// Pages that went home because a CPU touched them or a page nearby.
@@ -82,6 +84,8 @@ counters! {
         home_by_peer_fault,
         /// Pages that went home because the device was full.
         home_by_eviction,
+        /// Of all that went home, pages whose memory became the system's, as it was.
+        home_in_place,
         /// CPU faults on pages in this memory.
         cpu_faults,
         /// Blocks that the copy engine failed to copy.

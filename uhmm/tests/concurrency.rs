@@ -72,14 +72,21 @@ struct World {
 }
 
 impl World {
-    fn new() -> World {
-        let gpus = [Gpu::new(DEVICE_PAGES), Gpu::new(DEVICE_PAGES)];
+    /// Makes a world whose devices have memory of their own, or in place: each as its bit of
+    /// `in_place` says.
+    fn new(in_place: u64) -> World {
+        let machine = Machine::new();
+        let gpu = |at: u64| match in_place >> at & 1 {
+            0 => Gpu::new(DEVICE_PAGES),
+            _ => Gpu::in_place(&machine, DEVICE_PAGES),
+        };
+        let gpus = [gpu(0), gpu(1)];
         let pagemap = |gpu: &Arc<Gpu>| {
             let options = PagemapOptions::new().policies(Policies::none()).clock(Clock::manual());
             DevicePagemap::register_with(gpu.clone(), options)
         };
         World {
-            machine: Machine::new(),
+            machine,
             pagemaps: [pagemap(&gpus[0]), pagemap(&gpus[1])],
             gpus,
             added: (0..PAGES).map(|_| AtomicU64::new(0)).collect(),
@@ -148,7 +155,10 @@ fn mover(world: &World, process: &Process, random: &mut Random) {
             1 => drop(space.migrate(some, &world.pagemaps[which])),
             2 => drop(space.migrate(some, &world.pagemaps[which]).copy()),
             3 => _ = world.pagemaps[which].evict(1),
-            4 => world.gpus[which].injector.fail("copy", random.below(3)),
+            4 => {
+                let step = if random.below(2) == 0 { "copy" } else { "adopt" };
+                world.gpus[which].injector.fail(step, random.below(3));
+            }
             5 => _ = process.relocate(some),
             6 => _ = process.reclaim(some),
             _ => _ = space.migrate(some, &world.pagemaps[which]).run(),
@@ -194,7 +204,7 @@ enum End {
 fn round(seed: u64) {
     let mut random = Random::new(seed | 1);
     let end = [End::InPeace, End::Unregister, End::Exit][random.below(3) as usize];
-    let world = Arc::new(World::new());
+    let world = Arc::new(World::new(random.below(4)));
     let process = world.machine.spawn();
     process.map(range(0, PAGES + 1), Mapping::anonymous(Access::Write)).expect("there is room");
     let mirrors = [0, 1].map(|at| mirror(&process, &world.gpus[at], &world.pagemaps[at]));

@@ -816,6 +816,11 @@ fn a_cpu_is_told_why_its_page_cannot_come_home() {
         (StayReason::Busy, stuck(StayReason::Busy)),
         (StayReason::LargePage, stuck(StayReason::LargePage)),
         (StayReason::Shared, stuck(StayReason::Shared)),
+        (StayReason::Reserved, stuck(StayReason::Reserved)),
+        (StayReason::Locked, stuck(StayReason::Locked)),
+        (StayReason::ReadOnly, stuck(StayReason::ReadOnly)),
+        (StayReason::Handled, stuck(StayReason::Handled)),
+        (StayReason::Unsupported, stuck(StayReason::Unsupported)),
     ];
     for (reason, expected) in cases {
         let stayed = vec![Stayed { pages: range(0, 1), reason }];

@@ -9,7 +9,7 @@ use model::world::World;
 use proptest::prelude::*;
 use uhmm::Access;
 use uhmm::operations::{
-    Advice, Answer, DeviceName, FileName, Injection, Memory, Operation, OperationFile, Pages,
+    Advice, Answer, DeviceName, FileName, Injection, Line, Memory, Operation, OperationFile, Pages,
     Place, Refusal, RunError, SpaceName, Word, run,
 };
 
@@ -38,6 +38,31 @@ fn every_file_answers_as_it_says() {
         }
     }
     assert!(failures.is_empty(), "\n{}", failures.join("\n"));
+}
+
+/// What a program sees does not depend on where a device has its memory, but for the copies, and the
+/// memory to copy to: they cannot fail where there are none.
+#[test]
+fn every_file_answers_the_same_where_nothing_is_copied() {
+    let (mut ran, mut failures) = (0, Vec::new());
+    for path in files() {
+        let file = read(&path);
+        let of_a_copy = |line: &Line| match line.operation {
+            Operation::Fail { injection, .. } => {
+                matches!(injection, Injection::Copy(_) | Injection::Frame)
+            }
+            _ => false,
+        };
+        if file.devices.is_empty() || file.lines.iter().any(of_a_copy) {
+            continue;
+        }
+        ran += 1;
+        if let Err(error) = run(&file, &mut World::in_place()) {
+            failures.push(error.to_string());
+        }
+    }
+    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
+    assert!(ran >= 20, "{ran} files copy nothing");
 }
 
 /// Each story must say something: a file without expectations would pass anywhere.

@@ -32,6 +32,7 @@ const SMALL: Stage = Stage {
     scene: Scene {
         arena: 8,
         devices: &[(DeviceName(0), 3), (DeviceName(1), 5)],
+        in_place: &[],
         defect: Defect::None,
         apart: true,
         places: true,
@@ -152,6 +153,13 @@ fn draws(length: std::ops::Range<usize>) -> impl Strategy<Value = Draws> {
 }
 
 impl Stage {
+    /// Gives the devices that the bits of `which` say memory in that of the machine.
+    fn in_place(self, which: usize) -> Stage {
+        const WHICH: [&[DeviceName]; 4] =
+            [&[], &[DeviceName(0)], &[DeviceName(1)], &[DeviceName(0), DeviceName(1)]];
+        Stage { scene: Scene { in_place: WHICH[which], ..self.scene }, ..self }
+    }
+
     fn with(self, defect: Defect) -> Stage {
         Stage { scene: Scene { defect, apart: false, ..self.scene }, ..self }
     }
@@ -319,8 +327,8 @@ proptest! {
     #![proptest_config(config(400))]
 
     #[test]
-    fn any_sequence_does_what_the_model_does(draws in draws(0..60)) {
-        let (session, played) = play(&draws, &SMALL);
+    fn any_sequence_does_what_the_model_does(draws in draws(0..60), in_place in 0..4_usize) {
+        let (session, played) = play(&draws, &SMALL.in_place(in_place));
         if let Err(what) = played {
             return Err(TestCaseError::fail(format!("as an operation file:\n{}", session.report(&what))));
         }
@@ -344,8 +352,11 @@ proptest! {
     #![proptest_config(config(60))]
 
     #[test]
-    fn any_sequence_on_large_pages_does_what_the_model_does(draws in draws(0..40)) {
-        let (session, played) = play(&draws, &LARGE);
+    fn any_sequence_on_large_pages_does_what_the_model_does(
+        draws in draws(0..40),
+        in_place in 0..4_usize,
+    ) {
+        let (session, played) = play(&draws, &LARGE.in_place(in_place));
         if let Err(what) = played {
             return Err(TestCaseError::fail(session.report(&what)));
         }

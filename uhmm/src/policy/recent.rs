@@ -42,7 +42,7 @@ impl Recent {
         self.moves
             .iter()
             .rev()
-            .filter(move |moved| moved.space == Some(space) && moved.pages.contains(page))
+            .filter(move |moved| moved.pages.contains(page) && moved.space == Some(space))
             .filter(move |moved| is_within(moved, now, horizon))
     }
 }

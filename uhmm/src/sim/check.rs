@@ -4,14 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::object::{Location, ObjectId, PageObject};
 use super::page_table::{Entry, Sight, Target};
+use super::ram::Holder;
 use super::state::State;
 use crate::address_space::SpaceId;
+use crate::backend::SystemMemory;
 use crate::entry::{Access, Frame};
 use crate::page::{Order, Page, PageRange};
 
 impl State {
     /// Says what does not hold, if anything.
-    pub(super) fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self, memory: &dyn SystemMemory) -> Result<(), String> {
         let mut found: BTreeMap<ObjectId, BTreeSet<(SpaceId, Page)>> = BTreeMap::new();
         for (&space, state) in &self.spaces {
             for (page, entry) in state.table.overlapping(PageRange::ALL) {
@@ -21,7 +23,7 @@ impl State {
                 }
             }
         }
-        let mut owners: BTreeMap<u64, String> = BTreeMap::new();
+        let (mut owners, mut of_devices) = (BTreeMap::new(), BTreeMap::new());
         for (&id, object) in &self.objects {
             let entries = found.remove(&id).unwrap_or_default();
             if entries != object.mappings {
@@ -30,12 +32,23 @@ impl State {
                     object.mappings
                 ));
             }
-            self.check_object(id, object, &mut owners)?;
+            self.check_object(id, object)?;
+            let (frame, owners) = match &object.location {
+                Location::System(frame) => (Some(*frame), &mut owners),
+                Location::Device(block) => (block.in_place(memory), &mut of_devices),
+                Location::Swap(_) | Location::Transit(_) => continue,
+            };
+            for frame in frame.iter().flat_map(|&Frame(first)| first..first + object.order.pages())
+            {
+                if let Some(other) = owners.insert(frame, format!("{id:?}")) {
+                    return Err(format!("frame {frame} belongs to {other} and to {id:?}"));
+                }
+            }
         }
         if let Some((id, entries)) = found.first_key_value() {
             return Err(format!("{entries:?} lead to {id:?}, which is no more"));
         }
-        self.check_frames(owners)
+        self.check_frames(owners, of_devices)
     }
 
     fn check_entry(&self, space: SpaceId, page: Page, entry: &Entry) -> Result<(), String> {
@@ -83,12 +96,7 @@ impl State {
         Ok(())
     }
 
-    fn check_object(
-        &self,
-        id: ObjectId,
-        object: &PageObject,
-        owners: &mut BTreeMap<u64, String>,
-    ) -> Result<(), String> {
+    fn check_object(&self, id: ObjectId, object: &PageObject) -> Result<(), String> {
         let cached = object.file.is_some_and(|(file, index)| {
             self.files.get(&file).is_some_and(|file| file.pages.get(&index) == Some(&id))
         });
@@ -100,13 +108,6 @@ impl State {
             return Err(format!("{id:?} is leaked: nobody has it mapped"));
         }
         match &object.location {
-            Location::System(Frame(first)) => {
-                for frame in *first..first + object.order.pages() {
-                    if let Some(other) = owners.insert(frame, format!("{id:?}")) {
-                        return Err(format!("frame {frame} belongs to {other} and to {id:?}"));
-                    }
-                }
-            }
             Location::Device(block) => {
                 if block.order() != object.order {
                     return Err(format!("{id:?} of {:?} is in {block:?}", object.order));
@@ -115,7 +116,7 @@ impl State {
                     return Err(format!("{id:?} is in {block:?}, which is not found there"));
                 }
             }
-            Location::Swap(_) => {}
+            Location::System(_) | Location::Swap(_) => {}
             Location::Transit(isolation) => {
                 if !self.isolations.contains_key(isolation) {
                     return Err(format!("{id:?} is in transit for ever: {isolation:?} is over"));
@@ -125,7 +126,13 @@ impl State {
         Ok(())
     }
 
-    fn check_frames(&self, mut owners: BTreeMap<u64, String>) -> Result<(), String> {
+    /// Checks that each frame has just one of those who can have one. `owners` are the pages in
+    /// system memory, and `of_devices` those on devices whose memory is system memory.
+    fn check_frames(
+        &self,
+        mut owners: BTreeMap<u64, String>,
+        mut of_devices: BTreeMap<u64, String>,
+    ) -> Result<(), String> {
         for (&Frame(frame), ()) in &self.orphans {
             if let Some(other) = owners.insert(frame, String::from("a pin alone")) {
                 return Err(format!("frame {frame} belongs to a pin alone and to {other}"));
@@ -139,16 +146,22 @@ impl State {
                 }
             }
         }
-        for (frame, in_transit) in self.ram.list() {
-            match (owners.remove(&frame), in_transit) {
-                (Some(_), false) => {}
-                (Some(owner), true) => {
-                    return Err(format!("frame {frame} of {owner} counts as in transit"));
+        for (frame, holder) in self.ram.list() {
+            match (owners.remove(&frame), of_devices.remove(&frame), holder) {
+                (Some(_), None, Holder::Page) | (None, Some(_), Holder::Block) => {}
+                (None, None, Holder::Isolation | Holder::Adopted)
+                    if in_transit_for.remove(&frame).is_some() => {}
+                // Of a page that is on its way, or about to be freed: the device's accounts know.
+                (None, None, Holder::Block | Holder::Left) => {}
+                (None, None, _) => {
+                    return Err(format!("frame {frame} is leaked: no page is in it"));
                 }
-                (None, true) if in_transit_for.remove(&frame).is_some() => {}
-                (None, _) => return Err(format!("frame {frame} is leaked: no page is in it")),
+                (Some(owner), ..) | (None, Some(owner), _) => {
+                    return Err(format!("frame {frame} of {owner} counts as that of a {holder:?}"));
+                }
             }
         }
+        owners.append(&mut of_devices);
         if let Some((frame, id)) = in_transit_for.first_key_value() {
             return Err(format!("frame {frame} of {id:?} is not in transit"));
         }

@@ -43,7 +43,16 @@ struct Held {
     object: ObjectId,
     contents: Contents,
     /// Where it may come home to.
-    home: Option<Frame>,
+    home: Option<Home>,
+}
+
+/// The system memory that a page may come home to.
+#[derive(Clone, Copy)]
+enum Home {
+    /// Allocated for it.
+    New(Frame),
+    /// That of the block that it is in.
+    InPlace(Frame),
 }
 
 /// The one copy of an isolated page.
@@ -301,7 +310,7 @@ impl SimIsolation {
                 Contents::System(frame) => Some(frame),
                 Contents::Zero(_) | Contents::Device(_) => None,
             };
-            let firsts = left.into_iter().chain(held.home);
+            let firsts = left.into_iter().chain(held.new_home());
             firsts.flat_map(|Frame(first)| first..first + page.order.pages())
         });
         let frames = of_each.collect();
@@ -385,9 +394,10 @@ impl SimIsolation {
         let held = std::mem::take(&mut self.held);
         let mut placements = placements.into_iter();
         let mut committed = Vec::with_capacity(pages.len());
+        let memory = &*shared.copy_engines;
         for (page, held) in pages.iter().zip(held) {
             let placement = placements.next().unwrap_or(Placement::Back);
-            committed.push(place(&mut state, page.order, held, placement));
+            committed.push(place(&mut state, memory, page.order, held, placement));
         }
         state.isolations.remove(&self.id);
         drop(state);
@@ -397,7 +407,14 @@ impl SimIsolation {
 }
 
 /// Puts one page where it is to be, or frees it if nobody has it mapped any more.
-fn place(state: &mut State, order: Order, held: Held, placement: Placement) -> Committed {
+fn place(
+    state: &mut State,
+    memory: &dyn SystemMemory,
+    order: Order,
+    held: Held,
+    placement: Placement,
+) -> Committed {
+    let new_home = held.new_home();
     let Held { object: id, contents, home } = held;
     let gone = state.object(id).mappings.is_empty();
     let zero = match contents {
@@ -405,12 +422,25 @@ fn place(state: &mut State, order: Order, held: Held, placement: Placement) -> C
         Contents::System(_) | Contents::Device(_) => None,
     };
     let (location, left, unused) = match (placement, home) {
-        (Placement::Back, home) => (contents.location(), None, home),
-        (Placement::Device(block), home) => {
+        (Placement::Back, _) => (contents.location(), None, new_home),
+        (Placement::Device(block), _) => {
             assert_eq!(block.order(), order, "a page is placed in a block of its own order");
-            (Some(Location::Device(block)), Some(contents), home)
+            match contents {
+                // The memory is the block's from here on.
+                Contents::System(frame) if block.in_place(memory) == Some(frame) => {
+                    state.ram.set_transit(frame, order, false);
+                    (Some(Location::Device(block)), None, new_home)
+                }
+                contents => (Some(Location::Device(block)), Some(contents), new_home),
+            }
         }
-        (Placement::Home, Some(home)) => (Some(Location::System(home)), Some(contents), None),
+        (Placement::Home, Some(Home::New(home))) => {
+            (Some(Location::System(home)), Some(contents), None)
+        }
+        (Placement::Home, Some(Home::InPlace(frame))) => {
+            let home = state.ram.take_over(frame, order);
+            (Some(Location::System(home)), Some(contents), None)
+        }
         (Placement::Home, None) => panic!("no home was allocated for the page at this index"),
     };
     let left = left.and_then(Contents::location);
@@ -496,6 +526,16 @@ impl State {
     }
 }
 
+impl Held {
+    /// Returns what was allocated for it to come home to.
+    fn new_home(&self) -> Option<Frame> {
+        match self.home {
+            Some(Home::New(frame)) => Some(frame),
+            Some(Home::InPlace(_)) | None => None,
+        }
+    }
+}
+
 impl Contents {
     fn location(self) -> Option<Location> {
         match self {
@@ -565,7 +605,7 @@ impl Isolation for SimIsolation {
         let shared = Arc::clone(&self.shared);
         let mut state = shared.lock();
         let held = self.held.remove(index);
-        if let Some(home) = held.home {
+        if let Some(home) = held.new_home() {
             state.ram.set_transit(home, page.order, false);
             state.free_frames(home, page.order);
         }
@@ -583,8 +623,13 @@ impl Isolation for SimIsolation {
     }
 
     fn allocate_home(&mut self, index: usize) -> Result<Frame, OutOfSystemMemory> {
-        if let Some(home) = self.held[index].home {
-            return Ok(home);
+        if let Some(Home::New(frame) | Home::InPlace(frame)) = self.held[index].home {
+            return Ok(frame);
+        }
+        let block = self.block(index);
+        if let Some(frame) = block.and_then(|block| block.in_place(&*self.shared.copy_engines)) {
+            self.held[index].home = Some(Home::InPlace(frame));
+            return Ok(frame);
         }
         let order = self.pages[index].order;
         let mut state = self.shared.lock();
@@ -592,7 +637,7 @@ impl Isolation for SimIsolation {
         state.ram.set_transit(home, order, true);
         let entered = state.isolations.get_mut(&self.id).expect("it is under way");
         entered.frames.extend(home.0..home.0 + order.pages());
-        self.held[index].home = Some(home);
+        self.held[index].home = Some(Home::New(home));
         Ok(home)
     }
 

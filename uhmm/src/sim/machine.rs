@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::fault::Space;
 use super::file::File;
+use super::host_memory::HostMemory;
 use super::process::Process;
 use super::state::{Shared, SpaceState};
 use crate::injector::Injector;
@@ -77,6 +78,11 @@ impl Machine {
         File::new(&self.shared, pages)
     }
 
+    /// Makes memory for a device out of up to `pages` pages of system memory.
+    pub fn host_memory(&self, pages: u64) -> Arc<HostMemory> {
+        Arc::new(HostMemory::new(&self.shared, pages))
+    }
+
     /// Returns who says which steps fail.
     pub fn injector(&self) -> &Injector {
         &self.shared.injector
@@ -100,13 +106,13 @@ impl Machine {
     /// Checks what must hold at every moment (invariant *Whole*): each object is led to by just the
     /// entries in its reverse map, each frame has one owner and is not leaked, no store goes
     /// through to a page that is shared privately, what is in transit is hidden, and device blocks
-    /// are where they are said to be.
+    /// are where they are said to be, also those that are system memory.
     ///
     /// # Errors
     ///
     /// A sentence that says what does not hold.
     pub fn check(&self) -> Result<(), String> {
-        self.shared.lock().check()
+        self.shared.lock().check(&*self.shared.copy_engines)
     }
 
     /// Lists the misuses of memory that were detected so far.

@@ -12,6 +12,9 @@
 //!   page stays where it is, is not found out.
 //! * [`Machine::check`] says whether every page has exactly one copy, every frame one owner, and
 //!   every reverse map is true.
+//! * A device's memory can be a part of the machine's ([`Machine::host_memory`]): pages change hands
+//!   and are not copied. Coming home they get new frame numbers, so stale translations are found out
+//!   there too.
 //! * An [`Injector`](crate::Injector) makes allocations (`"frame"`) and splits of large pages
 //!   (`"split"`) fail.
 //!
@@ -139,6 +142,7 @@ mod exclusive;
 mod fault;
 mod file;
 mod fork;
+mod host_memory;
 mod isolation;
 mod machine;
 mod mapping;
@@ -154,6 +158,7 @@ mod vma;
 
 pub use error::SimError;
 pub use file::File;
+pub use host_memory::HostMemory;
 pub use machine::{Machine, MachineOptions};
 pub use pin::Pin;
 pub use process::{Mapping, PageFlags, Process};

@@ -1,8 +1,9 @@
 //! System memory: frames with contents, whose numbers are never used twice.
 //!
-//! A device that uses a translation after its page has left the frame uses a number that is either
-//! free or in transit. Since no number is ever given out again, and every access names its frame
-//! here, each such access is detected, however unlucky its timing. What is not known here is which
+//! A device that uses a translation after its page has left the frame uses a number that is free, in
+//! transit, or another device's. Since no number is ever given out again, and every access names its
+//! frame here, each such access is detected, however unlucky its timing. Memory that comes home from
+//! a device without being copied gets a new number for that reason. What is not known here is which
 //! frames may be stored to: a store through a translation that has become read-only goes through.
 
 use std::collections::BTreeMap;
@@ -42,8 +43,23 @@ struct Inner {
 struct FrameState {
     /// `None` while the frame holds zeroes and nobody has written to it.
     bytes: Option<Box<[u8]>>,
-    /// Whether an isolation has it: copy engines may reach it, and nobody else.
-    transit: bool,
+    holder: Holder,
+}
+
+/// Who has a frame, and who may reach it for that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Holder {
+    /// A page, or a pin: CPUs, and devices through translations.
+    #[default]
+    Page,
+    /// An isolation: copy engines.
+    Isolation,
+    /// An isolation, and a block of host memory has adopted it: nobody.
+    Adopted,
+    /// A block of host memory: its device.
+    Block,
+    /// A block of host memory whose contents have gone home, under another number: nobody.
+    Left,
 }
 
 /// Who reaches for a frame.
@@ -53,6 +69,8 @@ enum Who {
     Device,
     /// A copy engine, on behalf of an isolation.
     CopyEngine,
+    /// A device whose own memory it is.
+    Host,
     /// A CPU, whose translation was looked up under the machine's lock.
     Cpu,
 }
@@ -72,6 +90,15 @@ impl Ram {
 
     /// Allocates a block of zeroes; `None` if there is no room, or the injector says so.
     pub(super) fn allocate(&self, order: Order) -> Option<Frame> {
+        self.allocate_for(Holder::Page, order)
+    }
+
+    /// Allocates a block of host memory.
+    pub(super) fn allocate_host(&self, order: Order) -> Option<Frame> {
+        self.allocate_for(Holder::Block, order)
+    }
+
+    fn allocate_for(&self, holder: Holder, order: Order) -> Option<Frame> {
         if self.injector.fails("frame") {
             return None;
         }
@@ -80,10 +107,10 @@ impl Ram {
         if self.limit.is_some_and(|limit| inner.frames.len() as u64 + pages > limit) {
             return None;
         }
-        let first = inner.next.next_multiple_of(pages);
-        inner.next = first + pages;
-        inner.frames.extend((first..first + pages).map(|frame| (frame, FrameState::default())));
-        Some(Frame(first))
+        let first = inner.reserve(order);
+        let frames = first.0..first.0 + pages;
+        inner.frames.extend(frames.map(|frame| (frame, FrameState { bytes: None, holder })));
+        Some(first)
     }
 
     pub(super) fn free(&self, frame: Frame) {
@@ -91,12 +118,58 @@ impl Ram {
         assert!(freed.is_some(), "{frame:?} is freed twice");
     }
 
-    /// Says whether the block is on its way: then copy engines reach it, and devices do not.
+    /// Says whether the block is on its way: then copy engines reach it, and devices do not. What a
+    /// block of host memory has adopted on the way is that block's at its end.
     pub(super) fn set_transit(&self, first: Frame, order: Order, transit: bool) {
+        self.pass_on(first, order, |holder| match (transit, holder) {
+            (true, Holder::Page) => Some(Holder::Isolation),
+            (false, Holder::Isolation) => Some(Holder::Page),
+            (false, Holder::Adopted) => Some(Holder::Block),
+            _ => None,
+        });
+    }
+
+    /// Makes what an isolation has a block of host memory from the end of the isolation on.
+    pub(super) fn adopt(&self, first: Frame, order: Order) {
+        self.pass_on(first, order, |holder| {
+            (holder == Holder::Isolation).then_some(Holder::Adopted)
+        });
+    }
+
+    /// Takes a block of host memory back. What is adopted stays the isolation's.
+    pub(super) fn free_host(&self, first: Frame, order: Order) {
+        let mut inner = lock(&self.inner);
+        for number in first.0..first.0 + order.pages() {
+            match inner.frames.get_mut(&number).map(|frame| &mut frame.holder) {
+                Some(holder @ Holder::Adopted) => *holder = Holder::Isolation,
+                Some(Holder::Block | Holder::Left) => _ = inner.frames.remove(&number),
+                holder => panic!("frame {number} of host memory is freed, and is of {holder:?}"),
+            }
+        }
+    }
+
+    /// Takes the contents of a block of host memory that is about to be freed, on behalf of an
+    /// isolation, and returns where they are now.
+    pub(super) fn take_over(&self, first: Frame, order: Order) -> Frame {
+        self.pass_on(first, order, |holder| (holder == Holder::Block).then_some(Holder::Left));
+        let mut inner = lock(&self.inner);
+        let to = inner.reserve(order);
+        for index in 0..order.pages() {
+            let left = inner.frames.get_mut(&(first.0 + index)).expect("passed on just now");
+            let bytes = left.bytes.take();
+            inner.frames.insert(to.0 + index, FrameState { bytes, holder: Holder::Isolation });
+        }
+        to
+    }
+
+    /// Says who has a block from now on, frame by frame. `None` is for who cannot have had it.
+    fn pass_on(&self, first: Frame, order: Order, to: impl Fn(Holder) -> Option<Holder>) {
         let mut inner = lock(&self.inner);
         for number in first.0..first.0 + order.pages() {
             let frame = inner.frames.get_mut(&number);
-            frame.expect("what goes on its way is allocated").transit = transit;
+            let holder = &mut frame.expect("what is passed on is allocated").holder;
+            let next = to(*holder);
+            *holder = next.unwrap_or_else(|| panic!("frame {number} is not to be had: {holder:?}"));
         }
     }
 
@@ -153,9 +226,9 @@ impl Ram {
         lock(&self.inner).frames.len() as u64
     }
 
-    /// Lists the frames that are allocated, each with whether it is in transit.
-    pub(super) fn list(&self) -> BTreeMap<u64, bool> {
-        lock(&self.inner).frames.iter().map(|(&frame, state)| (frame, state.transit)).collect()
+    /// Lists the frames that are allocated, each with who has it.
+    pub(super) fn list(&self) -> BTreeMap<u64, Holder> {
+        lock(&self.inner).frames.iter().map(|(&frame, state)| (frame, state.holder)).collect()
     }
 
     pub(super) fn violations(&self) -> Vec<String> {
@@ -170,20 +243,25 @@ impl Ram {
                 format!("a {who:?}'s {access} the shared frame of zeroes, which is for reading")
             });
         }
-        match (inner.frames.get(&frame), who) {
+        match (inner.frames.get(&frame).map(|state| state.holder), who) {
             (None, _) => Some(format!(
                 "a {who:?}'s {access} frame {frame}, which is free: a translation was used after \
                  the announcement that ended it"
             )),
-            (Some(state), Who::Device) if state.transit => Some(format!(
+            (Some(Holder::Page), Who::Device | Who::Cpu)
+            | (Some(Holder::Isolation), Who::CopyEngine)
+            | (Some(Holder::Block), Who::Host) => None,
+            (Some(Holder::Isolation), Who::Device) => Some(format!(
                 "a Device's {access} frame {frame}, which is in transit: a translation was used \
                  after the announcement that ended it"
             )),
-            (Some(state), Who::CopyEngine) if !state.transit => Some(format!(
+            (Some(Holder::Page), Who::CopyEngine) => Some(format!(
                 "a CopyEngine's {access} frame {frame}, which is not in transit: a copy was made \
                  outside the time of its isolation"
             )),
-            _ => None,
+            (Some(holder), _) => {
+                Some(format!("a {who:?}'s {access} frame {frame} of a {holder:?}"))
+            }
         }
     }
 
@@ -249,6 +327,15 @@ impl Ram {
     }
 }
 
+impl Inner {
+    /// Takes numbers for a block.
+    fn reserve(&mut self, order: Order) -> Frame {
+        let first = self.next.next_multiple_of(order.pages());
+        self.next = first + order.pages();
+        Frame(first)
+    }
+}
+
 impl FrameState {
     fn bytes_mut(&mut self) -> &mut [u8] {
         self.bytes.get_or_insert_with(|| vec![0; PAGE_SIZE].into_boxed_slice())
@@ -292,6 +379,11 @@ impl View {
     /// Makes the memory that copy engines see: pages in transit, and no others.
     pub(super) fn of_copy_engines(ram: &Arc<Ram>) -> View {
         View { ram: Arc::clone(ram), who: Who::CopyEngine }
+    }
+
+    /// Makes the memory that a device has in system memory: its own blocks, and no others.
+    pub(super) fn of_hosts(ram: &Arc<Ram>) -> View {
+        View { ram: Arc::clone(ram), who: Who::Host }
     }
 }
 

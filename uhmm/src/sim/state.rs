@@ -12,6 +12,7 @@ use super::page_table::{Announced, Concern, Entry, PageTable, Place, Sight, Targ
 use super::ram::{Ram, View, ZERO};
 use super::vma::{Vma, Vmas};
 use crate::address_space::SpaceId;
+use crate::backend::SystemMemory;
 use crate::entry::{DeviceFrame, DeviceLocation, Frame};
 use crate::injector::Injector;
 use crate::page::{Order, Page, PageRange};
@@ -122,6 +123,14 @@ impl Shared {
 
     pub(super) fn this(&self) -> Arc<Shared> {
         self.this.upgrade().expect("a machine is used through an `Arc`")
+    }
+
+    /// Tells whether `memory` is this machine's.
+    pub(super) fn is_memory(&self, memory: &dyn SystemMemory) -> bool {
+        [&self.devices, &self.copy_engines]
+            .map(Arc::as_ptr)
+            .iter()
+            .any(|&view| std::ptr::addr_eq(view, memory))
     }
 
     pub(super) fn lock(&self) -> Locked<'_> {

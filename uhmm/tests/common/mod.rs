@@ -2,11 +2,12 @@
 
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use uhmm::primitive::{Mutex, lock};
-use uhmm::sim::{Machine, Mapping, Process};
+use uhmm::sim::{HostMemory, Machine, Mapping, Process};
 use uhmm::{
     Access, Clock, CopyJob, CopyKind, Device, DeviceFrame, DeviceMemory, DevicePagemap, Event,
     FaultError, Frame, Injector, Mirror, MirrorHandle, Order, OutOfDeviceMemory, PAGE_SIZE, Page,
@@ -34,15 +35,35 @@ pub(crate) fn word(index: u64) -> u64 {
 /// A device with a flat page table and a little memory. It makes each access under the lock of its
 /// table, so an invalidation has nothing left to wait for.
 pub(crate) struct Gpu {
-    memory: Mutex<Memory>,
-    /// Steps: `allocate`, `copy`, `clear`.
+    memory: Memory,
+    /// Steps: `allocate`, `copy`, `clear`; `adopt` where its memory is the machine's.
     pub(crate) injector: Injector,
     /// What was done to it, in order.
     pub(crate) log: Mutex<Vec<String>>,
 }
 
-struct Memory {
-    pages: Vec<Option<Box<[u8; PAGE_SIZE]>>>,
+type Bytes = [u8; PAGE_SIZE];
+
+enum Memory {
+    Own(Mutex<Vec<Option<Box<Bytes>>>>),
+    /// The machine's, a part of which is the device's.
+    Host(Arc<HostMemory>),
+}
+
+thread_local! {
+    static IN_PLACE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs a test in which the devices of all rigs have their memory in that of the machine.
+pub(crate) fn in_place(test: impl FnOnce()) {
+    IN_PLACE.set(true);
+    test();
+    IN_PLACE.set(false);
+}
+
+/// Tells whether the test is run so.
+pub(crate) fn is_in_place() -> bool {
+    IN_PLACE.get()
 }
 
 pub(crate) struct Table {
@@ -52,11 +73,21 @@ pub(crate) struct Table {
 
 impl Gpu {
     pub(crate) fn new(pages: usize) -> Arc<Gpu> {
-        Arc::new(Gpu {
-            memory: Mutex::new(Memory { pages: vec![None; pages] }),
-            injector: Injector::new(),
-            log: Mutex::new(Vec::new()),
-        })
+        Gpu::with(Memory::Own(Mutex::new(vec![None; pages])))
+    }
+
+    /// Makes a device whose memory is a part of the machine's.
+    pub(crate) fn in_place(machine: &Machine, pages: usize) -> Arc<Gpu> {
+        Gpu::with(Memory::Host(machine.host_memory(pages as u64)))
+    }
+
+    /// Makes a device with memory of its own, or in place where the test is run so.
+    pub(crate) fn on(machine: &Machine, pages: usize) -> Arc<Gpu> {
+        if is_in_place() { Gpu::in_place(machine, pages) } else { Gpu::new(pages) }
+    }
+
+    fn with(memory: Memory) -> Arc<Gpu> {
+        Arc::new(Gpu { memory, injector: Injector::new(), log: Mutex::new(Vec::new()) })
     }
 
     /// Reads, changes and writes back the word at `address`, if the table allows it now.
@@ -78,15 +109,14 @@ impl Gpu {
                 Some(self.update_system(table, frame, offset, access, &mut update))
             }
             Residency::Device(at) => {
-                let mut memory = lock(&self.memory);
-                let page = memory.pages[at.frame.0 as usize]
-                    .as_mut()
-                    .expect("a translation leads to memory that is allocated");
-                let bytes = &mut page[offset..offset + 8];
-                let old = u64::from_le_bytes(bytes.try_into().expect("a word"));
-                if access >= Access::Write {
-                    bytes.copy_from_slice(&update(old).to_le_bytes());
-                }
+                let mut old = 0;
+                self.with_page(at.frame, 0, |page| {
+                    let bytes = &mut page[offset..offset + 8];
+                    old = u64::from_le_bytes((&*bytes).try_into().expect("a word"));
+                    if access >= Access::Write {
+                        bytes.copy_from_slice(&update(old).to_le_bytes());
+                    }
+                });
                 Some(old)
             }
             residency => panic!("a translation of a page that is {residency:?}"),
@@ -157,16 +187,22 @@ impl Device for Gpu {
 
 impl DeviceMemory for Gpu {
     fn capacity(&self) -> u64 {
-        lock(&self.memory).pages.len() as u64
+        match &self.memory {
+            Memory::Own(pages) => lock(pages).len() as u64,
+            Memory::Host(host) => host.capacity(),
+        }
     }
 
     fn allocate(&self, order: Order) -> Result<DeviceFrame, OutOfDeviceMemory> {
         if self.injector.fails("allocate") {
             return Err(OutOfDeviceMemory { order });
         }
-        let mut memory = lock(&self.memory);
+        let mut memory = match &self.memory {
+            Memory::Own(pages) => lock(pages),
+            Memory::Host(host) => return host.allocate(order),
+        };
         let pages = order.pages() as usize;
-        let blocks = memory.pages.chunks_exact_mut(pages);
+        let blocks = memory.chunks_exact_mut(pages);
         for (index, block) in blocks.enumerate() {
             if block.iter().all(Option::is_none) {
                 // Not zeroes: who forgets to clear a page is to be found out.
@@ -177,9 +213,26 @@ impl DeviceMemory for Gpu {
         Err(OutOfDeviceMemory { order })
     }
 
+    fn adopt(&self, memory: &dyn SystemMemory, from: Frame, order: Order) -> Option<DeviceFrame> {
+        match &self.memory {
+            Memory::Host(host) if !self.injector.fails("adopt") => host.adopt(memory, from, order),
+            _ => None,
+        }
+    }
+
+    fn in_place(&self, memory: &dyn SystemMemory, frame: DeviceFrame) -> Option<Frame> {
+        match &self.memory {
+            Memory::Own(_) => None,
+            Memory::Host(host) => host.in_place(memory, frame),
+        }
+    }
+
     fn free(&self, frame: DeviceFrame, order: Order) {
-        let mut memory = lock(&self.memory);
-        for page in &mut memory.pages[frame.0 as usize..][..order.pages() as usize] {
+        let mut memory = match &self.memory {
+            Memory::Own(pages) => lock(pages),
+            Memory::Host(host) => return host.free(frame, order),
+        };
+        for page in &mut memory[frame.0 as usize..][..order.pages() as usize] {
             assert!(page.take().is_some(), "{frame:?} is freed twice");
         }
     }
@@ -214,10 +267,19 @@ impl Gpu {
         }
     }
 
-    fn with_page(&self, frame: DeviceFrame, index: u64, f: impl FnOnce(&mut [u8; PAGE_SIZE])) {
-        let mut memory = lock(&self.memory);
-        let page = memory.pages[(frame.0 + index) as usize].as_mut();
-        f(page.expect("only allocated memory is copied"));
+    fn with_page(&self, DeviceFrame(first): DeviceFrame, index: u64, f: impl FnOnce(&mut Bytes)) {
+        match &self.memory {
+            Memory::Own(pages) => {
+                let page = &mut lock(pages)[(first + index) as usize];
+                f(page.as_mut().expect("only allocated memory is used"));
+            }
+            Memory::Host(host) => {
+                let (frame, mut page) = (DeviceFrame(first + index), [0; PAGE_SIZE]);
+                host.read(frame, 0, &mut page);
+                f(&mut page);
+                host.write(frame, 0, &page);
+            }
+        }
     }
 }
 
@@ -241,7 +303,7 @@ impl Rig {
         let machine = Machine::new();
         let process = machine.spawn();
         process.map(range(0, pages), Mapping::anonymous(Access::Write)).expect("memory is mapped");
-        let gpu = Gpu::new(device_pages);
+        let gpu = Gpu::on(&machine, device_pages);
         let pagemap = DevicePagemap::register_with(gpu.clone(), options.clock(Clock::manual()));
         let mirror = mirror(&process, &gpu, &pagemap);
         Rig { machine, process, gpu, pagemap, mirror }

@@ -1,10 +1,11 @@
-//! A device for tests that run on one thread: a map for a page table, a list for memory. It can be
-//! given a defect, to see that it is found.
+//! A device for tests that run on one thread: a map for a page table, a list for memory, or the
+//! machine's own memory. It can be given a defect, to see that it is found.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use uhmm::primitive::{Mutex, lock};
+use uhmm::sim::HostMemory;
 use uhmm::{
     Access, CopyJob, CopyKind, Device, DeviceFrame, DeviceMemory, Event, Frame, Injector, Order,
     OutOfDeviceMemory, PAGE_SIZE, Page, PageEntry, PageRange, Residency, SystemMemory, WouldBlock,
@@ -32,9 +33,18 @@ pub(crate) enum Defect {
     StoresAnyway,
 }
 
-/// A device with a little memory. Its steps are `allocate`, `copy` and `clear`.
+/// Memory of the machine's own, and how a device reaches it.
+pub(crate) trait Host: DeviceMemory {
+    fn read(&self, frame: DeviceFrame, offset: usize, bytes: &mut [u8]);
+    fn write(&self, frame: DeviceFrame, offset: usize, bytes: &[u8]);
+}
+
+/// A device with a little memory. Its steps are `allocate`, `copy` and `clear`, and `adopt` where
+/// its memory is the machine's.
 pub(crate) struct TestDevice {
     memory: Mutex<Vec<Option<Box<Bytes>>>>,
+    /// What it has instead of memory of its own.
+    host: Option<Arc<dyn Host>>,
     injector: Injector,
     defect: Defect,
 }
@@ -49,7 +59,13 @@ pub(crate) struct Table {
 impl TestDevice {
     pub(crate) fn new(pages: u64, injector: Injector, defect: Defect) -> Arc<TestDevice> {
         let memory = (0..pages).map(|_| None).collect();
-        Arc::new(TestDevice { memory: Mutex::new(memory), injector, defect })
+        Arc::new(TestDevice { memory: Mutex::new(memory), host: None, injector, defect })
+    }
+
+    /// Makes a device whose memory is the machine's.
+    pub(crate) fn in_place(host: Arc<dyn Host>, injector: Injector) -> Arc<TestDevice> {
+        let (memory, host, defect) = (Mutex::default(), Some(host), Defect::None);
+        Arc::new(TestDevice { memory, host, injector, defect })
     }
 
     /// Makes an access through the table: returns what was there, or `None` for a fault. A load has
@@ -92,17 +108,24 @@ impl TestDevice {
         access: Access,
         update: &mut dyn FnMut(u64) -> u64,
     ) -> u64 {
+        let mut old = 0;
         self.with(frame, |page| {
             let bytes = &mut page[offset..offset + 8];
-            let old = u64::from_le_bytes(bytes.try_into().expect("a word has eight bytes"));
+            old = u64::from_le_bytes((&*bytes).try_into().expect("a word has eight bytes"));
             if access >= Access::Write {
                 bytes.copy_from_slice(&update(old).to_le_bytes());
             }
-            old
-        })
+        });
+        old
     }
 
-    fn with<R>(&self, frame: DeviceFrame, f: impl FnOnce(&mut Bytes) -> R) -> R {
+    fn with(&self, frame: DeviceFrame, f: impl FnOnce(&mut Bytes)) {
+        if let Some(host) = &self.host {
+            let mut page = [0; PAGE_SIZE];
+            host.read(frame, 0, &mut page);
+            f(&mut page);
+            return host.write(frame, 0, &page);
+        }
         let mut memory = lock(&self.memory);
         let page = memory.get_mut(frame.0 as usize).and_then(Option::as_mut);
         f(page.unwrap_or_else(|| panic!("{frame:?} is used, and not allocated")))
@@ -154,6 +177,16 @@ fn system_word(
     old
 }
 
+impl Host for HostMemory {
+    fn read(&self, frame: DeviceFrame, offset: usize, bytes: &mut [u8]) {
+        HostMemory::read(self, frame, offset, bytes);
+    }
+
+    fn write(&self, frame: DeviceFrame, offset: usize, bytes: &[u8]) {
+        HostMemory::write(self, frame, offset, bytes);
+    }
+}
+
 impl Device for TestDevice {
     type PageTable = Table;
     type Fence = ();
@@ -187,12 +220,18 @@ impl Device for TestDevice {
 
 impl DeviceMemory for TestDevice {
     fn capacity(&self) -> u64 {
-        lock(&self.memory).len() as u64
+        match &self.host {
+            Some(host) => host.capacity(),
+            None => lock(&self.memory).len() as u64,
+        }
     }
 
     fn allocate(&self, order: Order) -> Result<DeviceFrame, OutOfDeviceMemory> {
         if self.injector.fails("allocate") {
             return Err(OutOfDeviceMemory { order });
+        }
+        if let Some(host) = &self.host {
+            return host.allocate(order);
         }
         let mut memory = lock(&self.memory);
         let pages = order.pages() as usize;
@@ -208,7 +247,19 @@ impl DeviceMemory for TestDevice {
         Ok(DeviceFrame((index * pages) as u64))
     }
 
+    fn adopt(&self, memory: &dyn SystemMemory, from: Frame, order: Order) -> Option<DeviceFrame> {
+        let host = self.host.as_ref()?;
+        if self.injector.fails("adopt") { None } else { host.adopt(memory, from, order) }
+    }
+
+    fn in_place(&self, memory: &dyn SystemMemory, frame: DeviceFrame) -> Option<Frame> {
+        self.host.as_ref()?.in_place(memory, frame)
+    }
+
     fn free(&self, frame: DeviceFrame, order: Order) {
+        if let Some(host) = &self.host {
+            return host.free(frame, order);
+        }
         let mut memory = lock(&self.memory);
         for page in &mut memory[frame.0 as usize..][..order.pages() as usize] {
             let freed = page.take().is_some();

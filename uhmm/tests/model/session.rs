@@ -21,6 +21,7 @@ pub(crate) struct Session {
     /// Which steps are to fail, each when it has been taken so often.
     pending: Vec<(Injection, u64)>,
     places: bool,
+    in_place: Vec<DeviceName>,
     /// What was done, with the answers: those that were given, and for the last the expected one.
     log: Vec<(Operation, Answer)>,
 }
@@ -30,6 +31,8 @@ pub(crate) struct Session {
 pub(crate) struct Scene<'a> {
     pub(crate) arena: u64,
     pub(crate) devices: &'a [(DeviceName, u64)],
+    /// Those of them whose memory is the machine's.
+    pub(crate) in_place: &'a [DeviceName],
     pub(crate) defect: Defect,
     /// Whether each device's steps fail on their own, or all steps are one sequence.
     pub(crate) apart: bool,
@@ -41,11 +44,14 @@ impl Session {
     pub(crate) fn new(scene: Scene<'_>) -> Session {
         let mut world = if scene.apart { World::new() } else { World::with_defect(scene.defect) };
         world.set_arena(scene.arena);
-        scene.devices.iter().for_each(|&(name, pages)| world.add_device(name, pages));
+        for &(name, pages) in scene.devices {
+            world.add_device(name, pages, scene.in_place.contains(&name));
+        }
         let model = Model::new(scene.arena, scene.devices);
         let (pending, log) = (Vec::new(), Vec::new());
-        let places = scene.places;
-        Session { world, model, sight: Sight::new(), failing: None, pending, places, log }
+        let (places, in_place) = (scene.places, scene.in_place.to_vec());
+        let sight = Sight::new();
+        Session { world, model, sight, failing: None, pending, places, in_place, log }
     }
 
     /// Makes the step fail that comes after `after` more.
@@ -244,7 +250,11 @@ impl Session {
         for &(operation, answer) in &self.log {
             file.push(operation, if answer == Answer::Done { vec![] } else { vec![answer] });
         }
-        format!("# {}\n{file}", what.replace('\n', "\n# "))
+        let in_place = match self.in_place.as_slice() {
+            [] => String::new(),
+            devices => format!("\nin place: {devices:?}"),
+        };
+        format!("# {}\n{file}", format!("{what}{in_place}").replace('\n', "\n# "))
     }
 
     /// Tells what the mapping of a page allows.

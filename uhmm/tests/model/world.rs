@@ -34,6 +34,8 @@ pub(crate) struct World {
     files: BTreeMap<FileName, File>,
     spaces: BTreeMap<SpaceName, Space>,
     defect: Defect,
+    /// Whether the devices of operation files have their memory in that of the machine.
+    in_place: bool,
 }
 
 pub(crate) struct Gpu {
@@ -78,6 +80,11 @@ impl World {
         World { one_injector: false, ..World::with_defect(Defect::None) }
     }
 
+    /// Makes a world like that, whose devices have their memory in that of the machine.
+    pub(crate) fn in_place() -> World {
+        World { in_place: true, ..World::new() }
+    }
+
     /// Makes a world whose devices all have this defect, and that counts all fallible steps as one
     /// sequence.
     pub(crate) fn with_defect(defect: Defect) -> World {
@@ -94,13 +101,17 @@ impl World {
             files: BTreeMap::new(),
             spaces: BTreeMap::new(),
             defect,
+            in_place: false,
         }
     }
 
     /// Adds a device, before there is a space for it to mirror.
-    pub(crate) fn add_device(&mut self, name: DeviceName, pages: u64) {
+    pub(crate) fn add_device(&mut self, name: DeviceName, pages: u64, in_place: bool) {
         let injector = if self.one_injector { self.injector.clone() } else { Injector::new() };
-        let device = TestDevice::new(pages, injector.clone(), self.defect);
+        let device = match in_place {
+            true => TestDevice::in_place(self.machine.host_memory(pages), injector.clone()),
+            false => TestDevice::new(pages, injector.clone(), self.defect),
+        };
         // A clock that stands still: blocks are evicted in the order of their places.
         let options = PagemapOptions::new()
             .name(name.to_string())
@@ -320,7 +331,9 @@ impl World {
 impl Executor for World {
     fn begin(&mut self, file: &OperationFile) -> Outcome<()> {
         self.arena = file.arena;
-        file.devices.iter().for_each(|&(name, pages)| self.add_device(name, pages));
+        for &(name, pages) in &file.devices {
+            self.add_device(name, pages, self.in_place);
+        }
         self.files =
             file.files.iter().map(|&(name, pages)| (name, self.machine.file(pages))).collect();
         Ok(())

@@ -1,0 +1,12 @@
+//! A live Linux process as an address space.
+#![deny(unsafe_code)]
+
+mod options;
+mod process;
+mod space;
+mod sys;
+
+pub use options::Options;
+pub use process::{AttachError, Process, ProcessStatistics};
+pub use space::HostMemory;
+pub use sys::allocator::{Allocator, movable};

@@ -1,0 +1,87 @@
+//! How a process attaches.
+
+use uhmm::{Injector, PageRange};
+
+/// How [`Process::attach`](crate::Process::attach) attaches. The defaults are right for most.
+///
+/// ```
+/// use uhmm_linux::Options;
+///
+/// let options = Options::new().staging_bytes(1 << 30).servers(3);
+/// # let _ = options;
+/// ```
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub(crate) staging_bytes: usize,
+    pub(crate) servers: usize,
+    pub(crate) max_registrations: usize,
+    pub(crate) managed: Option<Vec<PageRange>>,
+    pub(crate) injector: Option<Injector>,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            staging_bytes: 256 << 30,
+            servers: 4,
+            max_registrations: 8192,
+            managed: None,
+            injector: None,
+        }
+    }
+}
+
+impl Options {
+    /// Makes the default options.
+    pub fn new() -> Options {
+        Options::default()
+    }
+
+    /// Sets how much address space is reserved, in bytes, for pages that are between the program and
+    /// a device, and for those in [host memory](crate::Process::host_memory). It takes no memory by
+    /// itself. The default is 256 GiB; where the process may not reserve so much, it is halved
+    /// until it may.
+    #[must_use]
+    pub fn staging_bytes(mut self, bytes: usize) -> Options {
+        self.staging_bytes = bytes;
+        self
+    }
+
+    /// Sets how many threads serve faults: at least 2. The default is 4.
+    #[must_use]
+    pub fn servers(mut self, servers: usize) -> Options {
+        self.servers = servers;
+        self
+    }
+
+    /// Limits how many separate ranges are registered with the kernel, each of which is up to two
+    /// mappings more for the process (`vm.max_map_count`). Beyond it pages stay, as
+    /// [busy](uhmm::StayReason::Busy). The default is 8192.
+    #[must_use]
+    pub fn max_registrations(mut self, ranges: usize) -> Options {
+        self.max_registrations = ranges;
+        self
+    }
+
+    /// Lets `range` move to devices, and nothing else that was not named likewise.
+    ///
+    /// Without this, all private anonymous memory of the program may move if
+    /// [`Allocator`](crate::Allocator) is its global allocator, and nothing if it is not: then what
+    /// serving a fault needs could lie anywhere in the heap. By naming a range the caller promises
+    /// that nothing of this project is in it: no mirror, device, migration or what those refer to,
+    /// and no stack of a thread that uses them. A range in which something is does not lead to wrong
+    /// contents, but threads may wait for themselves.
+    #[must_use]
+    pub fn manage(mut self, range: PageRange) -> Options {
+        self.managed.get_or_insert_default().push(range);
+        self
+    }
+
+    /// Makes steps fail on demand, for tests: `register`, `unregister`, `move`, `copy`, `zeropage`,
+    /// `wake`, `populate`, `scan`, `staging`, `buffer`.
+    #[must_use]
+    pub fn injector(mut self, injector: Injector) -> Options {
+        self.injector = Some(injector);
+        self
+    }
+}

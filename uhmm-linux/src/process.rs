@@ -1,0 +1,206 @@
+//! The calling process, attached.
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::io::Errno;
+use uhmm::{AddressSpace, Backend, PageRange};
+
+use crate::options::Options;
+use crate::space::kernel::Kernel;
+use crate::space::{Abilities, HostMemory, Parts, Space};
+use crate::sys::allocator;
+use crate::sys::maps::Maps;
+use crate::sys::pagemap::Pagemap;
+use crate::sys::userfaultfd::{Faults, Features, Userfaultfd};
+
+/// Whether this process is attached.
+static ATTACHED: AtomicBool = AtomicBool::new(false);
+
+/// The calling process as an address space, for as long as a clone of this exists.
+///
+/// It dereferences to an [`AddressSpace`], which has what devices need. The drop of the last user
+/// detaches: devices are released, every page comes home, and the threads that served faults end.
+#[derive(Clone)]
+pub struct Process {
+    address_space: AddressSpace,
+    space: Arc<Space>,
+}
+
+/// Why a process cannot attach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AttachError {
+    /// This process is attached already.
+    #[error("this process is attached already: use a clone of that `Process`")]
+    AlreadyAttached,
+    /// There is no userfaultfd, or not for this user.
+    #[error(
+        "userfaultfd is not available ({errno}): it takes CAP_SYS_PTRACE, or \
+         `sysctl vm.unprivileged_userfaultfd=1`, and a kernel with CONFIG_USERFAULTFD"
+    )]
+    Userfaultfd {
+        /// What the kernel said.
+        errno: Errno,
+    },
+    /// `/proc` does not tell what is mapped.
+    #[error("/proc/self does not tell what is mapped ({errno}): mount /proc")]
+    Proc {
+        /// What the kernel said.
+        errno: Errno,
+    },
+    /// There is no address space, no memory or no thread for it.
+    #[error(
+        "no room to attach ({errno}): raise RLIMIT_AS, RLIMIT_NPROC, or RLIMIT_MEMLOCK where \
+         memory is locked as it is mapped, or lower `Options::staging_bytes`"
+    )]
+    NoRoom {
+        /// What the kernel said.
+        errno: Errno,
+    },
+}
+
+/// Counts of what an attached process has seen. Each is exact by itself; they are not of one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ProcessStatistics {
+    /// Faults of CPUs on pages that were away, or next to some that were.
+    pub faults: u64,
+    /// Changes that the program made to its mappings, as far as they were of interest.
+    pub events: u64,
+    /// How often the kernel put an operation off until such a change had been looked at.
+    pub retries: u64,
+    /// Accesses of devices to mappings that were gone.
+    pub stale_accesses: u64,
+    /// Pages that came home because the process forked.
+    pub fork_overrun: u64,
+    /// Children made without the C library's `fork` while pages were away.
+    pub unforeseen_forks: u64,
+    /// Pages that had to be kept back for want of memory, once for each time.
+    pub parked: u64,
+    /// Pages that were dropped because the program had put something else in their place.
+    pub replaced: u64,
+}
+
+impl Process {
+    /// Attaches to the calling process.
+    ///
+    /// On return its memory is an address space that devices can mirror, and pages of it can move.
+    /// Until then, and while nothing has moved and nothing is mirrored, nothing is different for the
+    /// program. A child of it is not attached: in it this value answers that the address space
+    /// has ended, and the child may attach by itself.
+    ///
+    /// # Errors
+    ///
+    /// [`AttachError`]. Nothing is left behind.
+    pub fn attach(options: Options) -> Result<Process, AttachError> {
+        if ATTACHED.swap(true, Ordering::SeqCst) && !Process::is_inherited() {
+            return Err(AttachError::AlreadyAttached);
+        }
+        let process = Process::attach_once(options);
+        if process.is_err() {
+            detached();
+        }
+        process
+    }
+
+    fn attach_once(options: Options) -> Result<Process, AttachError> {
+        let no_userfaultfd = |errno| AttachError::Userfaultfd { errno };
+        let no_proc = |errno| AttachError::Proc { errno };
+        let offered = Userfaultfd::offered(Faults::All).map_err(no_userfaultfd)?;
+        let events = Features::EVENT_FORK
+            | Features::EVENT_REMAP
+            | Features::EVENT_REMOVE
+            | Features::EVENT_UNMAP;
+        let wanted = events | Features::MOVE | Features::POISON | Features::WP_ASYNC;
+        let uffd = Userfaultfd::open(Faults::All, wanted & offered).map_err(no_userfaultfd)?;
+        let migrate = offered.contains(events | Features::MOVE);
+        let pagemap = Pagemap::open().map_err(no_proc)?;
+        let maps = Maps::open().map_err(no_proc)?;
+        let managed = match options.managed {
+            None if allocator::is_installed() => None,
+            managed => Some(managed.unwrap_or_default()),
+        };
+        let parts = Parts {
+            kernel: Kernel::new(uffd, pagemap, maps, options.injector),
+            staging_bytes: options.staging_bytes,
+            abilities: Abilities { migrate },
+            max_registrations: options.max_registrations,
+            managed,
+            servers: options.servers,
+        };
+        let space = Space::new(parts).map_err(|errno| AttachError::NoRoom { errno })?;
+        let address_space = AddressSpace::new(Arc::clone(&space) as Arc<dyn Backend>);
+        Ok(Process { address_space, space })
+    }
+
+    /// Tells whether the attachment that is noted is that of a parent.
+    fn is_inherited() -> bool {
+        Space::current_is_inherited()
+    }
+
+    /// Returns the address space.
+    pub fn address_space(&self) -> &AddressSpace {
+        &self.address_space
+    }
+
+    /// Makes device memory of at most `pages` pages out of the process's own memory. Pages move there
+    /// and back without being copied. Register it as a [`DevicePagemap`](uhmm::DevicePagemap).
+    pub fn host_memory(&self, pages: u64) -> Arc<HostMemory> {
+        Arc::new(HostMemory::new(&self.space, pages))
+    }
+
+    /// Lets `range` move to devices, where not everything may anyway. The same promise as that of
+    /// [`Options::manage`].
+    pub fn manage(&self, range: PageRange) {
+        self.space.manage(range);
+    }
+
+    /// Keeps the stack of the calling thread from moving to a device.
+    ///
+    /// Every thread that faults pages in for a device, moves or looks at them is kept so by itself.
+    /// This is for those that do nothing but look into mirrors, or tell them of changes, before they
+    /// do so for the first time: while they hold a mirror's lock, others may be waiting for it in
+    /// order to bring a page home.
+    pub fn reserve_this_thread(&self) {
+        self.space.reserve_this_thread();
+    }
+
+    /// Returns what happened so far.
+    pub fn statistics(&self) -> ProcessStatistics {
+        let counters = &self.space.counters;
+        // Relaxed: each count is a number by itself.
+        let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        ProcessStatistics {
+            faults: read(&counters.faults),
+            events: read(&counters.events),
+            retries: read(&counters.retries),
+            stale_accesses: read(&counters.stale_accesses),
+            fork_overrun: read(&counters.fork_overrun),
+            unforeseen_forks: read(&counters.unforeseen_forks),
+            parked: read(&counters.parked),
+            replaced: read(&counters.replaced),
+        }
+    }
+}
+
+/// Notes that the process is not attached any more.
+pub(crate) fn detached() {
+    ATTACHED.store(false, Ordering::SeqCst);
+}
+
+impl Deref for Process {
+    type Target = AddressSpace;
+
+    fn deref(&self) -> &AddressSpace {
+        &self.address_space
+    }
+}
+
+impl fmt::Debug for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Process").field("address_space", &self.address_space).finish_non_exhaustive()
+    }
+}

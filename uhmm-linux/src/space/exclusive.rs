@@ -1,0 +1,206 @@
+//! Exclusive access: pages that one device has, with the CPUs kept off until one touches them.
+//!
+//! The page moves to staging, where the device works on it; what it leaves is a hole that the CPUs
+//! fault on. So a hold is a migration without a copy, and its end is a fault-back.
+
+use std::time::Instant;
+
+use mmu_notifier::{Event, EventKind, Owner};
+use rustix::io::Errno;
+use uhmm::{Access, FaultError, Order, Page, PageRange, StayReason};
+
+use super::state::{CHUNK, Extent, Place, State};
+use super::take::Candidate;
+use super::{Space, count};
+
+/// How often a page may turn out to be shared or in use before it is taken to be pinned.
+const TRIES: u32 = 3;
+
+/// What became of a page that was to be held.
+enum Attempt {
+    Held,
+    /// It has to be faulted in first.
+    Missing,
+    /// Somebody else uses it.
+    Busy,
+    Refused(StayReason),
+}
+
+impl Space {
+    /// Does what [`Backend::exclusive`](uhmm::Backend::exclusive) says.
+    pub(super) fn hold(
+        &self,
+        range: PageRange,
+        owner: Owner,
+        deadline: Option<Instant>,
+    ) -> Result<(), FaultError> {
+        if !self.is_here() {
+            return Err(FaultError::Released);
+        }
+        // In pieces, so that a range that is mostly not mapped costs nothing but its error.
+        for piece in range.blocks(CHUNK) {
+            self.hold_piece(piece, owner, deadline)?;
+        }
+        Ok(())
+    }
+
+    fn hold_piece(
+        &self,
+        piece: PageRange,
+        owner: Owner,
+        deadline: Option<Instant>,
+    ) -> Result<(), FaultError> {
+        let mut rest: Vec<Page> = self.not_held(piece, owner);
+        let mut busy = 0;
+        while let Some(&first) = rest.first() {
+            for &page in &rest {
+                self.fault_in(page.into(), Access::Write, None, deadline)?;
+            }
+            if !self.abilities.migrate {
+                let reason = StayReason::Unsupported;
+                return Err(FaultError::NotExclusive { page: first, reason });
+            }
+            let event = Event::new(EventKind::Exclusive, piece.va_range()).owned_by(owner);
+            let announced = self.notifiers.invalidate_range_start(event);
+            let result = self.try_hold(&rest, owner, busy >= TRIES);
+            drop(announced);
+            self.settle_unless_leading();
+            busy += u32::from(result?);
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                return Err(FaultError::TimedOut { page: first });
+            }
+            rest = self.not_held(piece, owner);
+        }
+        Ok(())
+    }
+
+    fn not_held(&self, piece: PageRange, owner: Owner) -> Vec<Page> {
+        let state = self.lock();
+        let held = |page: &Page| {
+            let at = state.at(*page);
+            at.is_some_and(|(_, extent)| extent.place.holder() == Some(owner))
+        };
+        piece.iter().filter(|page| !held(page)).collect()
+    }
+
+    /// Takes those of `pages` that are as the fault left them, and tells whether one was busy. One
+    /// that is busy is an error where it is the `last` try.
+    fn try_hold(&self, pages: &[Page], owner: Owner, last: bool) -> Result<bool, FaultError> {
+        let mut busy = false;
+        for &page in pages {
+            match self.hold_page(page, owner) {
+                Attempt::Held | Attempt::Missing => {}
+                Attempt::Busy if last => {
+                    return Err(FaultError::NotExclusive { page, reason: StayReason::Pinned });
+                }
+                Attempt::Busy => busy = true,
+                Attempt::Refused(reason) => return Err(FaultError::NotExclusive { page, reason }),
+            }
+        }
+        Ok(busy)
+    }
+
+    fn hold_page(&self, page: Page, owner: Owner) -> Attempt {
+        let mut refused = None;
+        let candidates = self.candidates(page.into(), &mut |_, reason| refused = Some(reason));
+        let Some(&candidate) = candidates.first() else {
+            return match refused {
+                // It was there for the fault just now, so this is no final answer.
+                Some(StayReason::Hole) | None => Attempt::Missing,
+                Some(reason) => Attempt::Refused(reason),
+            };
+        };
+        let mut state = self.lock();
+        let attempt = self.hold_candidate(&mut state, candidate, owner);
+        // Those that wait for a fork, or for its end, are few and short.
+        match attempt {
+            Attempt::Missing if state.forking > 0 => {
+                drop(state);
+                std::thread::yield_now();
+                Attempt::Missing
+            }
+            attempt => attempt,
+        }
+    }
+
+    fn hold_candidate(&self, state: &mut State, candidate: Candidate, owner: Owner) -> Attempt {
+        let page = candidate.pages.first();
+        if state.forking > 0 || state.over || state.at(page).is_some() {
+            return Attempt::Missing;
+        }
+        let mut refused = None;
+        if self.allowed(state, page.into(), &mut |_, reason| refused = Some(reason)).is_empty() {
+            return match refused {
+                Some(StayReason::Changed) | None => Attempt::Missing,
+                Some(reason) => Attempt::Refused(reason),
+            };
+        }
+        match self.register_missing(state, page.into(), candidate.mapping) {
+            Ok(()) => {}
+            Err(StayReason::Changed) => return Attempt::Missing,
+            Err(reason) => return Attempt::Refused(reason),
+        }
+        let Some(block) = self.allocate_staging(Order::PAGE) else {
+            return Attempt::Refused(StayReason::OutOfSystemMemory);
+        };
+        loop {
+            match self.kernel.move_out(page.into(), block.first()).result {
+                Ok(()) => break,
+                Err(Errno::AGAIN) => {
+                    count(&self.counters.retries, 1);
+                    let epoch = state.epoch;
+                    self.drain(state);
+                    if state.epoch != epoch {
+                        return Attempt::Missing;
+                    }
+                }
+                Err(Errno::NOENT) => return Attempt::Missing,
+                Err(Errno::BUSY) => return Attempt::Busy,
+                Err(Errno::INVAL) => return Attempt::Refused(StayReason::Locked),
+                Err(Errno::NOMEM) => return Attempt::Refused(StayReason::OutOfSystemMemory),
+                Err(_) => return Attempt::Missing,
+            }
+        }
+        self.staging.fill(block.range());
+        state.insert(page, Extent { order: Order::PAGE, place: Place::Held { owner, block } });
+        Attempt::Held
+    }
+
+    /// Does what [`Backend::end_exclusive`](uhmm::Backend::end_exclusive) says.
+    pub(super) fn give_back(&self, range: PageRange, owner: Owner) {
+        if !self.is_here() {
+            return;
+        }
+        let held = |state: &State| -> Vec<Page> {
+            let held = state.overlapping(range);
+            let held = held.filter(|(_, extent)| extent.place.holder() == Some(owner));
+            held.map(|(first, _)| first).collect()
+        };
+        let before = held(&self.lock());
+        let (Some(&first), Some(&last)) = (before.first(), before.last()) else { return };
+        let covered = PageRange::from_bounds(first, last).expect("in ascending order");
+        let event = Event::new(EventKind::Clear, covered.va_range());
+        let announced = self.notifiers.invalidate_range_start(event);
+        {
+            let mut state = self.lock();
+            for page in held(&state) {
+                // What was taken since was not announced.
+                if covered.contains(page) {
+                    self.release_block(&mut state, page);
+                }
+            }
+        }
+        drop(announced);
+        self.settle_unless_leading();
+    }
+}
+
+impl Place {
+    /// Returns the device that holds it, if one does.
+    fn holder(&self) -> Option<Owner> {
+        match self {
+            Place::Held { owner, .. } => Some(*owner),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Putting pages back into the program's page table.
+
+use rustix::io::Errno;
+use uhmm::{Order, Page, PageRange};
+
+use super::pool::{Pool, PoolBlock, aligned_blocks};
+use super::state::{Extent, IsolationId, Place, State, Token};
+use super::{Space, count};
+use crate::sys::pagemap::Categories;
+
+/// How many pages a block from the buffers has at least for it to be moved and not copied. To move a
+/// page out of the buffers means that the next one there needs fresh memory.
+const MOVED_FROM_BUFFERS: u64 = 512;
+
+/// What became of pages that were to be put back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Put {
+    /// How many are in the page table, or have been replaced there by the program.
+    pub(super) placed: u64,
+    /// How many are kept in our own memory, since there was none for them.
+    pub(super) parked: u64,
+}
+
+/// What became of some of them.
+enum Step {
+    /// So many pages from the first are there, or will never be.
+    Done(u64),
+    /// An event has to be read first. What is to be put where may be different then.
+    Again,
+    /// There is no memory for the first page.
+    NoMemory,
+}
+
+impl Space {
+    /// Puts the block `source` where the extents of `token` are, wakes who waits there, and
+    /// forgets the extents. What finds no memory is parked and stays out.
+    ///
+    /// `whole` says that there is one extent, as large as the block, and where.
+    pub(super) fn put_home(
+        &self,
+        state: &mut State,
+        token: Token,
+        source: PoolBlock,
+        whole: Option<Page>,
+    ) -> Put {
+        let mut put = Put::default();
+        if let Some(first) = whole {
+            let (placed, error) = self.put_part(state, &source, first.block(source.order()), 0);
+            put.placed = placed;
+            match error {
+                None => return put,
+                Some(Errno::AGAIN) => self.drain_for_retry(state),
+                Some(_) => {}
+            }
+        }
+        let mut refused: Vec<(Page, Order, u64)> = Vec::new();
+        let mut at = 0;
+        // Nothing but an event changes the list of parts, and what was put is not on it any more.
+        while let Some((first, order, offset)) = next_part(state, token, at) {
+            let (placed, error) = self.put_part(state, &source, first.block(order), offset);
+            put.placed += placed;
+            match error {
+                None => at = offset + order.pages(),
+                Some(Errno::AGAIN) => self.drain_for_retry(state),
+                Some(_) => {
+                    // What was put of it is gone from the list, and the rest is in smaller parts.
+                    let Some(part) = next_part(state, token, offset) else { continue };
+                    refused.push(part);
+                    at = part.2 + part.1.pages();
+                }
+            }
+        }
+        put.parked = self.park(state, source, &refused);
+        put
+    }
+
+    fn drain_for_retry(&self, state: &mut State) {
+        count(&self.counters.retries, 1);
+        self.drain(state);
+    }
+
+    /// Puts one extent back, as far as it goes: how many pages, and what stopped it.
+    fn put_part(
+        &self,
+        state: &mut State,
+        source: &PoolBlock,
+        to: PageRange,
+        offset: u64,
+    ) -> (u64, Option<Errno>) {
+        let first = source.first().checked_add(offset).expect("within the block");
+        let from = PageRange::from_pages(first, to.pages()).expect("within the block");
+        if !state.children.is_empty() {
+            supply_children(state, source.pool_of(), from, to);
+        }
+        let (done, error) = self.fill(source.pool_of(), from, to);
+        if done == to.pages() {
+            drop(state.remove(to.first()));
+        } else if done > 0 {
+            let done = PageRange::from_pages(to.first(), done).expect("some were done");
+            state.carve(done);
+            let gone: Vec<Page> = state.overlapping(done).map(|(first, _)| first).collect();
+            gone.into_iter().for_each(|first| drop(state.remove(first)));
+        }
+        (done, error)
+    }
+
+    /// Fills the holes `to` with the pages `from` of a pool.
+    fn fill(&self, pool: &Pool, from: PageRange, to: PageRange) -> (u64, Option<Errno>) {
+        let mut done = 0;
+        while done < to.pages() {
+            let rest = |range: PageRange| {
+                let first = range.first().checked_add(done).expect("some are left");
+                PageRange::from_bounds(first, range.last()).expect("some are left")
+            };
+            match self.fill_some(pool, rest(from), rest(to)) {
+                Step::Done(pages) => done += pages,
+                Step::Again => return (done, Some(Errno::AGAIN)),
+                Step::NoMemory => return (done, Some(Errno::NOMEM)),
+            }
+        }
+        (done, None)
+    }
+
+    /// Fills as many holes as one call to the kernel fills.
+    fn fill_some(&self, pool: &Pool, from: PageRange, to: PageRange) -> Step {
+        let occupied = pool.is_occupied(from.first().into());
+        let run = from.iter().take_while(|&page| pool.is_occupied(page.into()) == occupied).count();
+        let from = PageRange::from_pages(from.first(), run as u64).expect("the first is of the run");
+        let to = PageRange::from_pages(to.first(), run as u64).expect("as many");
+        if !occupied {
+            let progress = self.kernel.zeropage(to);
+            return self.judge(progress.pages, progress.result, to);
+        }
+        if pool.is_staging() || run as u64 >= MOVED_FROM_BUFFERS {
+            let progress = self.kernel.move_home(from, to.first());
+            if progress.pages > 0 {
+                let moved = PageRange::from_pages(from.first(), progress.pages);
+                pool.empty(moved.expect("some were moved"));
+                return Step::Done(progress.pages);
+            }
+            match progress.result {
+                Err(Errno::AGAIN) => return Step::Again,
+                Err(Errno::EXIST) => return self.skip(to.first()),
+                // The mapping does not allow stores any more, or is locked, or a device has pinned
+                // the page, or the mapping is gone: to copy is possible, or says so.
+                _ => {}
+            }
+            if !self.is_present(from.first()) {
+                // To copy from a page that is not there would be a fault of ours, on us.
+                pool.empty(from.first().into());
+                return Step::Done(0);
+            }
+        }
+        let progress = self.kernel.copy_home(from.first(), to);
+        self.judge(progress.pages, progress.result, to)
+    }
+
+    fn judge(&self, pages: u64, result: Result<(), Errno>, to: PageRange) -> Step {
+        match result {
+            Ok(()) => Step::Done(to.pages()),
+            Err(_) if pages > 0 => Step::Done(pages),
+            Err(Errno::AGAIN) => Step::Again,
+            Err(Errno::EXIST) => self.skip(to.first()),
+            // The mapping is gone, or another, and no event has said so: the program has put
+            // something in its place that the kernel does not tell of.
+            Err(Errno::NOENT | Errno::INVAL | Errno::FAULT | Errno::SRCH) => self.skip(to.first()),
+            Err(_) => Step::NoMemory,
+        }
+    }
+
+    /// Passes over a page in whose place the program has put something else meanwhile, such as a
+    /// guard: that is what is there now.
+    fn skip(&self, page: Page) -> Step {
+        count(&self.counters.replaced, 1);
+        self.wake(page.into());
+        Step::Done(1)
+    }
+
+    fn is_present(&self, page: Page) -> bool {
+        let mut found = Vec::new();
+        let there = Categories::PRESENT | Categories::SWAPPED;
+        // Where it cannot be said, it is taken to be missing: then its contents stay parked.
+        self.kernel.scan(page.into(), there, &mut found).is_ok() && !found.is_empty()
+    }
+
+    /// Keeps what could not be put back, and returns how many pages that is.
+    fn park(&self, state: &mut State, source: PoolBlock, refused: &[(Page, Order, u64)]) -> u64 {
+        if refused.is_empty() {
+            return 0;
+        }
+        let at = |offset: u64| source.first().checked_add(offset).expect("within the block");
+        let mut parts = Vec::new();
+        let mut places = Vec::new();
+        for &(first, order, offset) in refused {
+            let block = PageRange::from_pages(at(offset), order.pages()).expect("within the block");
+            for (part, order) in aligned_blocks(block) {
+                parts.push((part, order));
+                let page = first.checked_add(part.number() - block.first().number());
+                places.push((page.expect("within the extent"), order));
+            }
+        }
+        let blocks = source.cut(&parts);
+        for &(first, order, _) in refused {
+            let range = first.block(order);
+            state.carve(range);
+            let old: Vec<Page> = state.overlapping(range).map(|(first, _)| first).collect();
+            old.into_iter().for_each(|first| drop(state.remove(first)));
+        }
+        for ((first, order), block) in places.into_iter().zip(blocks) {
+            state.insert_realigned(first, Extent { order, place: Place::Parked(block) });
+        }
+        let parked = refused.iter().map(|(_, order, _)| order.pages()).sum();
+        count(&self.counters.parked, parked);
+        tracing::warn!(target: "uhmm", pages = parked, "no memory for pages to come home to");
+        parked
+    }
+
+    /// Puts a block of ours back that the extent at `first` leads to.
+    pub(super) fn release_block(&self, state: &mut State, first: Page) -> Put {
+        let isolation = state.begin_isolation();
+        let token = state.token();
+        let transit = Place::Transit { isolation, token, offset: 0 };
+        let put = match state.replace(first, transit) {
+            Some(Place::Held { block, .. } | Place::Parked(block)) => {
+                self.put_home(state, token, block, Some(first))
+            }
+            Some(place) => {
+                state.replace(first, place);
+                Put::default()
+            }
+            None => Put::default(),
+        };
+        self.end_isolation(state, isolation);
+        put
+    }
+
+    /// Ends an isolation, and tells whether somebody sleeps in the kernel for one of its pages.
+    pub(super) fn end_isolation(&self, state: &mut State, isolation: IsolationId) -> bool {
+        let ended = state.isolations.remove(&isolation);
+        if !state.waiting.is_empty() {
+            self.announce_arrivals();
+        }
+        ended.is_some_and(|ended| ended.awaited)
+    }
+}
+
+/// Returns the first part of `token`, from `at` pages on, that is still out.
+fn next_part(state: &State, token: Token, at: u64) -> Option<(Page, Order, u64)> {
+    state.of_token(token).into_iter().find(|&(_, _, offset)| offset >= at)
+}
+
+/// Gives children what they lack before their parent gets it back.
+fn supply_children(state: &mut State, pool: &Pool, from: PageRange, to: PageRange) {
+    for (from, to) in from.iter().zip(to.iter()) {
+        let source = pool.is_occupied(from.into()).then_some(PageRange::from(from));
+        for child in &mut state.children {
+            child.supply(source, to.into());
+        }
+    }
+}

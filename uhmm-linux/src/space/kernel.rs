@@ -1,0 +1,133 @@
+//! The userfaultfd of an attached process, with failures on demand.
+//!
+//! Everything that the space asks of the kernel and that can fail goes through here, so that a test
+//! can make each step fail (the step names are those of
+//! [`Options::injector`](crate::Options::injector)).
+
+use rustix::io::Errno;
+use uhmm::{Injector, Page, PageRange};
+
+use crate::sys::advise;
+use crate::sys::maps::{Maps, Vma};
+use crate::sys::pagemap::{Categories, Pagemap};
+use crate::sys::userfaultfd::{Messages, Modes, MoveOptions, Progress, Userfaultfd};
+
+/// What the space knows of the kernel.
+pub(crate) struct Kernel {
+    uffd: Userfaultfd,
+    pagemap: Pagemap,
+    maps: Maps,
+    injector: Option<Injector>,
+}
+
+impl Kernel {
+    pub(crate) fn new(
+        uffd: Userfaultfd,
+        pagemap: Pagemap,
+        maps: Maps,
+        injector: Option<Injector>,
+    ) -> Kernel {
+        Kernel { uffd, pagemap, maps, injector }
+    }
+
+    /// Fails where a test wants it.
+    fn step(&self, name: &'static str, error: Errno) -> Result<(), Errno> {
+        match &self.injector {
+            Some(injector) if injector.fails(name) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Tells whether a step that is none of the kernel's may succeed.
+    pub(super) fn allows(&self, name: &'static str) -> bool {
+        self.step(name, Errno::NOMEM).is_ok()
+    }
+
+    fn progress(&self, name: &'static str, error: Errno, run: impl FnOnce() -> Progress) -> Progress {
+        match self.step(name, error) {
+            Ok(()) => run(),
+            result => Progress { pages: 0, result },
+        }
+    }
+
+    pub(super) fn uffd(&self) -> &Userfaultfd {
+        &self.uffd
+    }
+
+    pub(super) fn register(&self, range: PageRange, modes: Modes) -> Result<(), Errno> {
+        self.step("register", Errno::NOMEM)?;
+        self.uffd.register(range, modes)
+    }
+
+    pub(super) fn unregister(&self, range: PageRange) -> Result<(), Errno> {
+        self.step("unregister", Errno::NOMEM)?;
+        self.uffd.unregister(range)
+    }
+
+    pub(super) fn wake(&self, range: PageRange) -> Result<(), Errno> {
+        self.step("wake", Errno::AGAIN)?;
+        self.uffd.wake(range)
+    }
+
+    /// Moves pages and wakes nobody.
+    pub(super) fn move_out(&self, from: PageRange, to: Page) -> Progress {
+        let options = MoveOptions { wake: false, allow_holes: false };
+        self.progress("move", Errno::NOMEM, || self.uffd.move_pages(from, to, options))
+    }
+
+    /// Moves pages and wakes whoever waits for them.
+    pub(super) fn move_home(&self, from: PageRange, to: Page) -> Progress {
+        let options = MoveOptions { wake: true, allow_holes: false };
+        self.progress("move", Errno::NOMEM, || self.uffd.move_pages(from, to, options))
+    }
+
+    /// Moves what there is, for it to be dropped.
+    pub(super) fn move_away(&self, from: PageRange, to: Page) -> Progress {
+        let options = MoveOptions { wake: false, allow_holes: true };
+        self.progress("move", Errno::NOMEM, || self.uffd.move_pages(from, to, options))
+    }
+
+    pub(super) fn copy_home(&self, from: Page, to: PageRange) -> Progress {
+        self.progress("copy", Errno::NOMEM, || self.uffd.copy(from, to, true))
+    }
+
+    pub(super) fn zeropage(&self, range: PageRange) -> Progress {
+        self.progress("zeropage", Errno::NOMEM, || self.uffd.zeropage(range, true))
+    }
+
+    pub(super) fn populate(&self, range: PageRange, write: bool) -> Result<(), Errno> {
+        self.step("populate", Errno::NOMEM)?;
+        match write {
+            true => advise::populate_write(range),
+            false => advise::populate_read(range),
+        }
+    }
+
+    pub(super) fn scan(
+        &self,
+        range: PageRange,
+        any_of: Categories,
+        out: &mut Vec<(PageRange, Categories)>,
+    ) -> Result<(), Errno> {
+        self.step("scan", Errno::NOMEM)?;
+        let report = Categories::PRESENT
+            | Categories::SWAPPED
+            | Categories::PFNZERO
+            | Categories::HUGE
+            | Categories::GUARD;
+        self.pagemap.scan(range, any_of, report, out)
+    }
+
+    pub(super) fn entries(&self, range: PageRange, out: &mut [u64]) -> Result<(), Errno> {
+        self.step("scan", Errno::NOMEM)?;
+        self.pagemap.entries(range, out)
+    }
+
+    pub(super) fn vma(&self, page: Page) -> Result<Option<Vma>, Errno> {
+        self.maps.at_or_after(page)
+    }
+
+    pub(super) fn read(&self, messages: &mut Messages) -> Result<usize, Errno> {
+        self.uffd.read_now(messages)
+    }
+}

@@ -1,0 +1,346 @@
+//! The calling process as a backend: what [`Process`](crate::Process) attaches.
+//!
+//! # Who may do what, and why nothing hangs
+//!
+//! A thread that touches a page that is out sleeps in the kernel until a *server* has brought it.
+//! So what a server needs must never be out, and no server may wait for somebody who can touch such
+//! a page while holding what the server needs. From this follows everything here:
+//!
+//! * Memory that servers use never moves ([`reserved`]).
+//! * The lock of the state is held across calls to the kernel that fill or empty page tables by
+//!   userfaultfd, which do not sleep for pages, and across nothing else: not across an
+//!   announcement, a device, a policy, or a touch of the program's memory. `MADV_POPULATE` and
+//!   `process_vm_readv` may sleep for a server, so they are called without it.
+//! * The thread that reads the userfaultfd, the *leader*, serves by itself what takes no device
+//!   and no announcement that anybody may answer late. Before it does more it makes another thread
+//!   the leader ([`serve`]). So a device that is told to stop can finish an access that sleeps for a
+//!   page that the program has just discarded.
+//! * An event wakes the thread that caused it when it is read. Nobody waits for such a thread but
+//!   for it to run on within the kernel ([`Space::drain`]).
+//!
+//! # Why no page is lost
+//!
+//! Contents are in one place at each instant: in the page table, in a block of staging or of
+//! buffers, or in a block of a device; and the extent in the state owns, or leads to, that block. A
+//! page leaves the page table by `UFFDIO_MOVE` alone, which is atomic against the CPUs, and
+//! under the lock, with no event unread, so that it is the page of the mapping that the state
+//! speaks of. It comes back by `UFFDIO_MOVE` or `UFFDIO_COPY`, which fill holes and never
+//! overwrite. A page that cannot be put back for want of memory is parked in ours.
+
+mod buddy;
+mod exclusive;
+mod fault;
+mod fork;
+mod home;
+mod host;
+mod isolation;
+pub(crate) mod kernel;
+
+mod memory;
+mod pool;
+mod registration;
+mod reserved;
+mod serve;
+mod snapshot;
+mod state;
+mod take;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
+
+use mmu_notifier::{Event, Owner, Subscriptions};
+use rustix::io::Errno;
+use uhmm::backend::{Backend, Isolation, Select};
+use uhmm::{
+    Access, Coherence, Death, FaultError, PageEntry, PageRange, SpaceId, SystemMemory,
+};
+
+pub use host::HostMemory;
+use kernel::Kernel;
+use memory::ProcessMemory;
+use pool::Pool;
+use serve::Servers;
+use state::State;
+
+use crate::sys::fork::ForkMark;
+use crate::sys::userfaultfd::{Message, Messages};
+
+/// The calling process, as a backend. See the [module](self).
+pub(crate) struct Space {
+    id: SpaceId,
+    notifiers: Arc<Subscriptions>,
+    kernel: Arc<Kernel>,
+    staging: Arc<Pool>,
+    buffers: Arc<Pool>,
+    memory: Arc<ProcessMemory>,
+    state: Mutex<State>,
+    /// Somebody's pages may have arrived.
+    arrivals: Condvar,
+    servers: Servers,
+    /// Tells the process that attached from its children.
+    mark: ForkMark,
+    abilities: Abilities,
+    /// How many ranges may be registered.
+    max_registrations: usize,
+    this: Weak<Space>,
+    pub(crate) counters: Counters,
+}
+
+/// What the kernel lets the space do.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Abilities {
+    /// Pages can leave, and whoever touches them, also in a system call, waits for them.
+    pub(crate) migrate: bool,
+}
+
+/// What the space is made from.
+pub(crate) struct Parts {
+    pub(crate) kernel: kernel::Kernel,
+    pub(crate) staging_bytes: usize,
+    pub(crate) abilities: Abilities,
+    pub(crate) max_registrations: usize,
+    pub(crate) managed: Option<Vec<PageRange>>,
+    pub(crate) servers: usize,
+}
+
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// Counts what happened. Relaxed everywhere: each is a number by itself.
+        #[derive(Debug, Default)]
+        pub(crate) struct Counters {
+            $($(#[$doc])* pub(crate) $name: AtomicU64,)*
+        }
+    };
+}
+
+counters! {
+    /// Faults of CPUs that were served.
+    faults,
+    /// Faults on pages that were not out, filled with zeroes.
+    zero_fills,
+    /// Events applied.
+    events,
+    /// How often the kernel refused to fill since an event was unread.
+    retries,
+    /// Accesses of devices to mappings that were gone.
+    stale_accesses,
+    /// Pages that came home because the process forked.
+    fork_overrun,
+    /// Children that got their pages from us, since the fork was not foreseen.
+    unforeseen_forks,
+    /// Pages of ours that are kept since there was no memory to put them in.
+    parked,
+    /// Pages dropped since the program put something else in their place.
+    replaced,
+}
+
+pub(crate) fn count(counter: &AtomicU64, by: u64) {
+    // Relaxed: see `Counters`.
+    counter.fetch_add(by, Ordering::Relaxed);
+}
+
+/// Locks; a panic under a lock here leaves nothing half done that another thread could not see
+/// as it is, or ends the process.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Space {
+    /// Makes the space and starts its servers.
+    pub(crate) fn new(parts: Parts) -> Result<Arc<Space>, Errno> {
+        let kernel = Arc::new(parts.kernel);
+        let staging = Pool::staging(parts.staging_bytes, MIN_STAGING, &kernel)?;
+        let buffers = Pool::buffers(parts.staging_bytes, MIN_STAGING)?;
+        let mut state = State::new();
+        state.managed = parts.managed.map(|ranges| ranges.into_iter().map(state::numbers).collect());
+        for range in reserved::of_process().into_iter().chain([staging.range(), buffers.range()]) {
+            state.reserved.insert(state::numbers(range));
+        }
+        let mark = ForkMark::new()?;
+        let servers = Servers::new()?;
+        let space = Arc::new_cyclic(|this: &Weak<Space>| Space {
+            id: SpaceId::new(),
+            notifiers: Subscriptions::new(),
+            memory: Arc::new(ProcessMemory::new(&staging, &buffers, Weak::clone(this))),
+            kernel,
+            staging,
+            buffers,
+            state: Mutex::new(state),
+            arrivals: Condvar::new(),
+            servers,
+            mark,
+            abilities: parts.abilities,
+            max_registrations: parts.max_registrations,
+            this: Weak::clone(this),
+            counters: Counters::default(),
+        });
+        space.hook_forks()?;
+        space.start_servers(parts.servers)?;
+        Ok(space)
+    }
+
+    pub(crate) fn this(&self) -> Arc<Space> {
+        self.this.upgrade().expect("a space that is used exists")
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Tells whether this is the process that attached, and not a child that inherited the bookkeeping
+    /// without the servers, and that the space still exists.
+    pub(crate) fn is_here(&self) -> bool {
+        self.mark.is_ours()
+    }
+
+    /// Reads and applies what there is to read, and waits until no event is under way: from here the
+    /// kernel lets pages move, until the next event.
+    ///
+    /// An event is under way until the thread that caused it has woken, which takes that thread no
+    /// more than to be scheduled.
+    fn drain(&self, state: &mut State) {
+        loop {
+            self.read_messages(state);
+            if self.kernel.uffd().changing() {
+                std::thread::yield_now();
+            } else if state.zaps.is_empty() {
+                return;
+            } else {
+                self.zap(state);
+            }
+        }
+    }
+
+    /// Reads and applies what there is to read, without waiting.
+    fn read_messages(&self, state: &mut State) {
+        loop {
+            let mut messages = std::mem::replace(&mut state.messages, Messages::new());
+            let read = self.kernel.read(&mut messages);
+            for message in messages.drain() {
+                if let Message::Fork(child) = message {
+                    count(&self.counters.events, 1);
+                    if state.is_anything_out() {
+                        self.adopt_child(state, child);
+                    }
+                } else if let Some(range) = state.apply(message) {
+                    count(&self.counters.events, 1);
+                    // Whoever slept for a page of it finds out what became of the mapping.
+                    self.wake(range);
+                }
+            }
+            state.messages = messages;
+            match read {
+                Ok(count) if count > 0 => {}
+                Ok(_) | Err(Errno::AGAIN) => return,
+                Err(Errno::INTR) => {}
+                Err(error) => fatal("the userfaultfd cannot be read", error),
+            }
+        }
+    }
+
+    /// Wakes who sleeps for a page of `range`, to look again.
+    fn wake(&self, range: PageRange) {
+        // Whoever is not woken sleeps for ever, so this goes on until it is done.
+        while let Err(error) = self.kernel.wake(range) {
+            match error {
+                Errno::AGAIN | Errno::INTR => {}
+                // There is no such mapping any more, and nobody sleeps for it.
+                Errno::INVAL | Errno::NOENT => return,
+                error => fatal("threads cannot be woken", error),
+            }
+        }
+    }
+
+    /// Does what events have left to do. With no lock held, and outside callbacks.
+    fn settle(&self) {
+        let aftermath = std::mem::take(&mut self.lock().aftermath);
+        for (kind, range) in aftermath.changed {
+            drop(self.notifiers.invalidate_range_start(Event::new(kind, range.va_range())));
+        }
+        // The devices have stopped using it.
+        drop(aftermath.doomed);
+        if aftermath.children {
+            self.supply_children();
+        }
+    }
+
+    /// Tells those who wait here, and not in the kernel, that pages have arrived.
+    fn announce_arrivals(&self) {
+        self.arrivals.notify_all();
+    }
+}
+
+/// The least staging that is of any use.
+const MIN_STAGING: usize = 16 << 20;
+
+/// Ends the process: threads sleep for pages that nobody can bring any more, and to let them read
+/// zeroes would be worse.
+fn fatal(what: &str, error: Errno) -> ! {
+    eprintln!("uhmm: {what}: {error}. Pages of this process cannot be brought home: it ends here.");
+    std::process::abort()
+}
+
+impl Backend for Space {
+    fn id(&self) -> SpaceId {
+        self.id
+    }
+
+    fn notifiers(&self) -> &Arc<Subscriptions> {
+        &self.notifiers
+    }
+
+    fn coherence(&self) -> Coherence {
+        Coherence::Observed
+    }
+
+    fn memory(&self) -> Arc<dyn SystemMemory> {
+        Arc::clone(&self.memory) as Arc<dyn SystemMemory>
+    }
+
+    fn snapshot(&self, range: PageRange, entries: &mut Vec<PageEntry>) {
+        self.look(range, entries);
+    }
+
+    fn fault(
+        &self,
+        range: PageRange,
+        access: Access,
+        keep: Option<Owner>,
+        deadline: Option<Instant>,
+    ) -> Result<(), FaultError> {
+        self.fault_in(range, access, keep, deadline)
+    }
+
+    fn isolate(&self, range: PageRange, select: Select) -> Box<dyn Isolation> {
+        Box::new(match select {
+            Select::System { to } => self.take_from_system(range, to),
+            Select::Device(owner) => self.take_from_devices(range, owner, false),
+            Select::Foreign(owner) => self.take_from_devices(range, owner, true),
+        })
+    }
+
+    fn exclusive(
+        &self,
+        range: PageRange,
+        owner: Owner,
+        deadline: Option<Instant>,
+    ) -> Result<(), FaultError> {
+        self.hold(range, owner, deadline)
+    }
+
+    fn end_exclusive(&self, range: PageRange, owner: Owner) {
+        self.give_back(range, owner);
+    }
+
+    fn exit(&self, _: Death) {
+        self.take_apart();
+    }
+}
+
+impl std::fmt::Debug for Space {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Space").field("id", &self.id).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,328 @@
+//! Memory of our own that pages pass through: staging, where pages wait that were taken from the
+//! program, and buffers, where those are put together that come from a device.
+//!
+//! # Staging
+//!
+//! Staging is registered on the same userfaultfd as what pages are moved out of. That is what makes
+//! moving them out safe: the kernel refuses with `EAGAIN` to fill a registered range while an event
+//! is unread, so no page leaves a mapping that an event not yet seen has replaced
+//! (linux-mechanisms: EAGAIN is the retry gate). It has a price. A page of staging that holds
+//! nothing must not be touched by a thread that serves faults, since that touch is a fault; so for
+//! each page there is a bit that says whether it may hold something, and whoever reads looks at the
+//! bit first. And to drop what a page holds by `MADV_DONTNEED` would raise an event, which is why
+//! the range is unregistered for that moment: it belongs to one block that nobody else knows.
+//!
+//! Neither region is inherited by a fork: a child that shared its pages would keep them from being
+//! moved back (`EBUSY`).
+//!
+//! # Locks
+//!
+//! One lock for each buddy, held for a few set operations and never across a call to the kernel.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use rustix::io::Errno;
+use uhmm::{Frame, Order, PAGE_SIZE, Page, PageRange};
+
+use super::buddy::Buddy;
+use super::kernel::Kernel;
+use super::{fatal, lock};
+use crate::sys::region::{Region, RegionOptions};
+use crate::sys::userfaultfd::Modes;
+
+/// Staging, or buffers. See the [module](self).
+pub(super) struct Pool {
+    region: Region,
+    buddy: Mutex<Buddy>,
+    kind: Kind,
+}
+
+enum Kind {
+    Staging {
+        kernel: Arc<Kernel>,
+        /// A bit for each page: whether it may hold something.
+        occupied: Box<[AtomicU64]>,
+        /// Blocks that a device has adopted while an isolation still holds them.
+        adopting: Mutex<BTreeSet<Page>>,
+    },
+    Buffers,
+}
+
+/// A block of a pool. Owning it is having it allocated; its drop drops what it holds.
+pub(super) struct PoolBlock {
+    /// Nothing once it was given away.
+    pool: Option<Arc<Pool>>,
+    first: Page,
+    order: Order,
+}
+
+impl Pool {
+    /// Reserves staging of at most `bytes`, and registers it.
+    pub(super) fn staging(
+        bytes: usize,
+        at_least: usize,
+        kernel: &Arc<Kernel>,
+    ) -> Result<Arc<Pool>, Errno> {
+        let options = RegionOptions { dont_fork: true, huge: Some(false), wipe_on_fork: false };
+        let region = Region::reserve_at_most(bytes, at_least, options)?;
+        kernel.register(region.range(), Modes::MISSING)?;
+        let words = region.range().len().div_ceil(64);
+        let occupied = (0..words).map(|_| AtomicU64::new(0)).collect();
+        let (kernel, adopting) = (Arc::clone(kernel), Mutex::default());
+        Ok(Pool::new(region, Kind::Staging { kernel, occupied, adopting }))
+    }
+
+    /// Reserves buffers of at most `bytes`.
+    pub(super) fn buffers(bytes: usize, at_least: usize) -> Result<Arc<Pool>, Errno> {
+        let options = RegionOptions { dont_fork: true, huge: Some(true), wipe_on_fork: false };
+        let region = Region::reserve_at_most(bytes, at_least, options)?;
+        Ok(Pool::new(region, Kind::Buffers))
+    }
+
+    fn new(region: Region, kind: Kind) -> Arc<Pool> {
+        let buddy = Mutex::new(Buddy::new(region.range()));
+        Arc::new(Pool { region, buddy, kind })
+    }
+
+    /// Returns where it is.
+    pub(super) fn range(&self) -> PageRange {
+        self.region.range()
+    }
+
+    /// Tells whether this is staging.
+    pub(super) fn is_staging(&self) -> bool {
+        matches!(self.kind, Kind::Staging { .. })
+    }
+
+    /// Returns how many pages are in use.
+    pub(super) fn used(&self) -> u64 {
+        lock(&self.buddy).used()
+    }
+
+    /// Takes a block.
+    pub(super) fn allocate(self: &Arc<Self>, order: Order) -> Option<PoolBlock> {
+        let first = lock(&self.buddy).allocate(order)?;
+        Some(self.own(first, order))
+    }
+
+    /// Becomes the owner of a block that was [leaked](PoolBlock::leak).
+    pub(super) fn own(self: &Arc<Self>, first: Page, order: Order) -> PoolBlock {
+        PoolBlock { pool: Some(Arc::clone(self)), first, order }
+    }
+
+    /// Notes that pages may hold something from now on.
+    pub(super) fn fill(&self, range: PageRange) {
+        self.change_bits(range, true);
+    }
+
+    /// Notes that pages hold nothing any more.
+    pub(super) fn empty(&self, range: PageRange) {
+        self.change_bits(range, false);
+    }
+
+    /// Tells whether any of the pages may hold something.
+    pub(super) fn is_occupied(&self, range: PageRange) -> bool {
+        let Kind::Staging { occupied, .. } = &self.kind else { return true };
+        // Relaxed: who asks about a page owns it, or holds the lock under which it changed hands.
+        self.words(range).any(|(word, mask)| occupied[word].load(Ordering::Relaxed) & mask != 0)
+    }
+
+    fn change_bits(&self, range: PageRange, to: bool) {
+        let Kind::Staging { occupied, .. } = &self.kind else { return };
+        for (word, mask) in self.words(range) {
+            // Relaxed: as in `is_occupied`. A word is shared with blocks of other owners, so it is
+            // changed in one step.
+            match to {
+                true => occupied[word].fetch_or(mask, Ordering::Relaxed),
+                false => occupied[word].fetch_and(!mask, Ordering::Relaxed),
+            };
+        }
+    }
+
+    /// Returns the words of the bit map that `range` touches, each with the bits that are its.
+    fn words(&self, range: PageRange) -> impl Iterator<Item = (usize, u64)> + use<> {
+        let first = range.first().number() - self.range().first().number();
+        let end = first + range.pages();
+        (first / 64..end.div_ceil(64)).map(move |word| {
+            let from = first.max(word * 64) - word * 64;
+            let to = end.min(word * 64 + 64) - word * 64;
+            (word as usize, (u64::MAX >> (64 - (to - from))) << from)
+        })
+    }
+
+    /// Copies out of the block that begins at `frame`. A page that holds nothing is zeroes, and is
+    /// not touched.
+    pub(super) fn read(&self, page: Page, offset: usize, bytes: &mut [u8]) {
+        if let Kind::Buffers = self.kind {
+            return self.region.read(page, offset, bytes);
+        }
+        let (mut page, mut offset, mut rest) = (within(page, offset), offset % PAGE_SIZE, bytes);
+        while !rest.is_empty() {
+            let (part, others) = rest.split_at_mut(rest.len().min(PAGE_SIZE - offset));
+            match self.is_occupied(page.into()) {
+                true => self.region.read(page, offset, part),
+                false => part.fill(0),
+            }
+            (page, offset, rest) = (within(page, PAGE_SIZE), 0, others);
+        }
+    }
+
+    /// Copies into the block that begins at `page`.
+    pub(super) fn write(&self, page: Page, offset: usize, bytes: &[u8]) {
+        self.region.write(page, offset, bytes);
+    }
+
+    /// Replaces a word in one step.
+    pub(super) fn fetch_update(
+        &self,
+        page: Page,
+        offset: usize,
+        update: &mut dyn FnMut(u64) -> u64,
+    ) -> u64 {
+        self.region.fetch_update(page, offset, update)
+    }
+
+    /// Says that a device takes a block over that an isolation still holds.
+    pub(super) fn begin_adoption(&self, first: Page) {
+        if let Kind::Staging { adopting, .. } = &self.kind {
+            lock(adopting).insert(first);
+        }
+    }
+
+    /// Ends what [`begin_adoption`](Pool::begin_adoption) began, and tells whether it was under way.
+    pub(super) fn end_adoption(&self, first: Page) -> bool {
+        match &self.kind {
+            Kind::Staging { adopting, .. } => lock(adopting).remove(&first),
+            Kind::Buffers => false,
+        }
+    }
+
+    /// Drops what a block holds.
+    fn drop_contents(&self, range: PageRange) -> Result<(), Errno> {
+        match &self.kind {
+            Kind::Staging { kernel, .. } => {
+                if !self.is_occupied(range) {
+                    return Ok(());
+                }
+                kernel.unregister(range)?;
+                let zapped = self.region.zap(range);
+                kernel.register(range, Modes::MISSING)?;
+                zapped?;
+                self.empty(range);
+            }
+            // Small ones stay warm: the next page to come home is written over this one.
+            Kind::Buffers if range.pages() <= Pool::WARM => {}
+            Kind::Buffers => self.region.zap(range)?,
+        }
+        Ok(())
+    }
+
+    /// How many pages of a buffer may keep their memory for the next to use it.
+    const WARM: u64 = 8;
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if let Kind::Staging { kernel, .. } = &self.kind
+            && let Err(error) = kernel.uffd().unregister(self.range())
+        {
+            // To unmap it registered would be an event that nobody reads.
+            fatal("staging cannot be given up", error);
+        }
+    }
+}
+
+/// Returns the page that lies `offset` bytes from the start of `page`.
+fn within(page: Page, offset: usize) -> Page {
+    page.checked_add((offset / PAGE_SIZE) as u64).expect("a block lies in its region")
+}
+
+impl PoolBlock {
+    /// Returns its pages.
+    pub(super) fn range(&self) -> PageRange {
+        self.first.block(self.order)
+    }
+
+    /// Returns its first page.
+    pub(super) fn first(&self) -> Page {
+        self.first
+    }
+
+    /// Returns its first page as a frame of system memory.
+    pub(super) fn frame(&self) -> Frame {
+        Frame(self.first.number())
+    }
+
+    /// Returns its size.
+    pub(super) fn order(&self) -> Order {
+        self.order
+    }
+
+    /// Returns the pool that it is of.
+    pub(super) fn pool_of(&self) -> &Arc<Pool> {
+        self.pool.as_ref().expect("a block that was given away is gone")
+    }
+
+    /// Gives the block away: somebody else will [own](Pool::own) it.
+    pub(super) fn leak(mut self) {
+        self.pool = None;
+    }
+
+    /// Cuts the block into those parts, each a page and an order within it, and frees the rest.
+    pub(super) fn cut(mut self, parts: &[(Page, Order)]) -> Vec<PoolBlock> {
+        let range = self.range();
+        let pool = self.pool.take().expect("a block that was given away is gone");
+        let mut blocks = Vec::with_capacity(parts.len());
+        let mut next = range.first().number();
+        let free = |from: u64, to: u64| {
+            let first = Page::new(from).expect("within the region");
+            if let Ok(rest) = PageRange::from_pages(first, to - from) {
+                aligned_blocks(rest).for_each(|(first, order)| drop(pool.own(first, order)));
+            }
+        };
+        for &(first, order) in parts {
+            free(next, first.number());
+            blocks.push(pool.own(first, order));
+            next = first.number() + order.pages();
+        }
+        free(next, range.last().number() + 1);
+        blocks
+    }
+}
+
+impl Drop for PoolBlock {
+    fn drop(&mut self) {
+        let Some(pool) = self.pool.take() else { return };
+        match pool.drop_contents(self.range()) {
+            Ok(()) => lock(&pool.buddy).free(self.first, self.order),
+            // The block is not given out again: nobody knows what a touch of it would do.
+            Err(error) => {
+                let range = self.range();
+                tracing::warn!(target: "uhmm", %range, %error, "a block of staging is lost");
+            }
+        }
+    }
+}
+
+impl fmt::Debug for PoolBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "block of {}", self.range())
+    }
+}
+
+/// Cuts a range into blocks as large as they can be that begin at multiples of their size, and are
+/// no larger than a huge page.
+pub(super) fn aligned_blocks(range: PageRange) -> impl Iterator<Item = (Page, Order)> + Clone {
+    let (mut at, end) = (range.first().number(), range.last().number() + 1);
+    std::iter::from_fn(move || {
+        let first = Page::new(at).filter(|_| at < end)?;
+        let aligned = at.trailing_zeros().min(u32::from(Order::HUGE.get()));
+        let fits = (end - at).ilog2();
+        let order = Order::new(aligned.min(fits) as u8).expect("no larger than a huge page");
+        at += order.pages();
+        Some((first, order))
+    })
+}

@@ -1,0 +1,400 @@
+//! The servers: threads that bring pages to those who sleep for them.
+//!
+//! One of them is the leader. It alone waits for messages, and serves what nobody can delay: a page
+//! that is not out is filled with zeroes, a page in our own memory is put back. What takes a device
+//! or an announcement, which wait for others, it does after another server has become the leader.
+//! So there is always a thread that fills a hole, and a device that is told to stop can finish an
+//! access that sleeps for one. If all others are at work, the leader leaves such faults in a
+//! backlog, for the first that is done.
+//!
+//! All signals are blocked, and the stacks are reserved: a server never sleeps for a page.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use mmu_notifier::Owner;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use smallvec::SmallVec;
+use uhmm::{DevicePagemap, FaultError, Order, Page, PageRange};
+
+use super::state::{Fault, Place, State, chunk_of};
+use super::{Space, count, fatal, lock};
+use crate::sys::thread;
+
+/// How long a chunk that has become empty stays registered, and a fault waits that could not be
+/// served.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// How long a page may fail to come home before whoever touches it is told by a signal.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The servers of a space.
+pub(super) struct Servers {
+    /// Can be read when the servers are to end.
+    stop: OwnedFd,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    team: Mutex<Team>,
+    turn: Condvar,
+}
+
+#[derive(Default)]
+struct Team {
+    led: bool,
+    /// How many wait to become the leader.
+    idle: usize,
+    backlog: VecDeque<Task>,
+    stopping: bool,
+}
+
+/// What a fault takes that others may delay.
+enum Task {
+    Home { pagemap: Arc<DevicePagemap>, page: Page, order: Order, fault: Fault },
+    Revoke(Page),
+    Settle,
+}
+
+thread_local! {
+    /// Whether this thread is the leader, which must not wait for anybody.
+    static LEADING: Cell<bool> = const { Cell::new(false) };
+}
+
+type Tasks = SmallVec<[Task; 4]>;
+
+impl Servers {
+    pub(super) fn new() -> Result<Servers, Errno> {
+        let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
+        Ok(Servers { stop, threads: Mutex::default(), team: Mutex::default(), turn: Condvar::new() })
+    }
+
+    /// Waits to be the leader; `false` if the servers are to end.
+    fn become_leader(&self) -> bool {
+        let mut team = lock(&self.team);
+        team.idle += 1;
+        while team.led && !team.stopping {
+            team = self.turn.wait(team).unwrap_or_else(PoisonError::into_inner);
+        }
+        team.idle -= 1;
+        team.led = true;
+        !team.stopping
+    }
+
+    /// Lets another server lead, if one has time.
+    fn hand_over(&self) -> bool {
+        let mut team = lock(&self.team);
+        if team.idle == 0 {
+            return false;
+        }
+        team.led = false;
+        self.turn.notify_one();
+        true
+    }
+
+    fn leave_for_others(&self, tasks: Tasks) {
+        lock(&self.team).backlog.extend(tasks);
+    }
+
+    fn next_of_backlog(&self) -> Option<Task> {
+        lock(&self.team).backlog.pop_front()
+    }
+}
+
+impl Space {
+    pub(super) fn start_servers(&self, servers: usize) -> Result<(), Errno> {
+        for _ in 0..servers.max(2) {
+            let space = self.this();
+            let started = thread::spawn("uhmm-server", move || space.serve());
+            match started {
+                Ok(thread) => lock(&self.servers.threads).push(thread),
+                Err(error) => {
+                    self.stop_servers();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the servers, and waits for those that are not the calling thread.
+    pub(super) fn stop_servers(&self) {
+        lock(&self.servers.team).stopping = true;
+        self.servers.turn.notify_all();
+        if let Err(error) = rustix::io::write(&self.servers.stop, &1_u64.to_ne_bytes()) {
+            fatal("the servers cannot be told to end", error);
+        }
+        let this = std::thread::current().id();
+        for thread in std::mem::take(&mut *lock(&self.servers.threads)) {
+            if thread.thread().id() != this && thread.join().is_err() {
+                fatal("a server has panicked", Errno::FAULT);
+            }
+        }
+    }
+
+    fn serve(&self) {
+        self.reserve_this_thread();
+        // Whoever sleeps for a page that a server was about to bring would sleep for ever.
+        let abort = AbortOnPanic;
+        while self.servers.become_leader() {
+            LEADING.set(true);
+            let tasks = self.lead();
+            LEADING.set(false);
+            let Some(tasks) = tasks else { break };
+            tasks.into_iter().for_each(|task| self.perform(task));
+            while let Some(task) = self.servers.next_of_backlog() {
+                self.perform(task);
+            }
+        }
+        std::mem::forget(abort);
+    }
+
+    /// Reads and serves until there is something to do for which another has taken the lead; `None`
+    /// at the end.
+    fn lead(&self) -> Option<Tasks> {
+        let mut pause = None;
+        loop {
+            if !self.wait_for_message(pause) {
+                return None;
+            }
+            let mut tasks = Tasks::new();
+            pause = {
+                let mut state = self.lock();
+                let state = &mut *state;
+                self.read_messages(state);
+                if !state.zaps.is_empty() {
+                    self.drain(state);
+                }
+                self.serve_quickly(state, &mut tasks);
+                if !state.aftermath.is_empty() {
+                    tasks.push(Task::Settle);
+                }
+                let due = pause.is_some() && tasks.is_empty();
+                if due {
+                    self.sweep(state);
+                    state.faults.extend(state.retries.drain(..));
+                    self.serve_quickly(state, &mut tasks);
+                }
+                (!state.emptied.is_empty() || !state.retries.is_empty()).then_some(PAUSE)
+            };
+            tasks.retain(|task| !self.perform_at_once(task));
+            if tasks.is_empty() {
+                continue;
+            }
+            if self.servers.hand_over() {
+                return Some(tasks);
+            }
+            self.servers.leave_for_others(tasks);
+        }
+    }
+
+    /// Waits for a message, or for `pause`; `false` if the servers are to end.
+    fn wait_for_message(&self, pause: Option<Duration>) -> bool {
+        let timeout = pause.map(|pause| {
+            Timespec::try_from(pause).expect("a pause is short")
+        });
+        let (uffd, stop) = (self.kernel.uffd().as_fd(), self.servers.stop.as_fd());
+        let mut fds = [PollFd::from_borrowed_fd(uffd, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+        loop {
+            match poll(&mut fds, timeout.as_ref()) {
+                Ok(_) => return fds[1].revents().is_empty(),
+                Err(Errno::INTR) => {}
+                Err(error) => fatal("the userfaultfd cannot be waited for", error),
+            }
+        }
+    }
+
+    /// Serves the faults that have been read, as far as nobody can delay it.
+    fn serve_quickly(&self, state: &mut State, tasks: &mut Tasks) {
+        while let Some(fault) = state.faults.pop_front() {
+            count(&self.counters.faults, 1);
+            let Some((first, extent)) = state.at(fault.page) else {
+                self.serve_hole(state, fault);
+                continue;
+            };
+            match &extent.place {
+                Place::Transit { isolation, .. } => {
+                    let isolation = *isolation;
+                    state.await_isolation(isolation);
+                }
+                Place::Device(block) => {
+                    let (pagemap, order) = (Arc::clone(block.pagemap()), extent.order);
+                    tasks.push(Task::Home { pagemap, page: fault.page, order, fault });
+                }
+                Place::Held { .. } => tasks.push(Task::Revoke(fault.page)),
+                Place::Parked(_) => {
+                    if self.release_block(state, first).parked > 0 {
+                        self.retry(state, fault);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Serves a fault on a page that is not out: it is untouched, or was discarded.
+    fn serve_hole(&self, state: &mut State, fault: Fault) {
+        let Fault { page, .. } = fault;
+        let range = PageRange::from(page);
+        if self.staging.range().contains(page) {
+            self.staging.fill(range);
+        } else if self.release_chunk(state, chunk_of(page)) {
+            // The kernel fills it, and all others, by itself.
+            return;
+        }
+        match self.kernel.zeropage(range).result {
+            Ok(()) => {}
+            Err(Errno::AGAIN) => {
+                self.drain(state);
+                state.faults.push_back(fault);
+            }
+            // Another has filled it, or it is not mapped any more: the thread finds out.
+            Err(Errno::EXIST | Errno::NOENT | Errno::INVAL | Errno::SRCH) => self.wake(range),
+            Err(_) => self.retry(state, fault),
+        }
+    }
+
+    /// Tries a fault again a little later, or tells the thread that it failed.
+    fn retry(&self, state: &mut State, fault: Fault) {
+        let since = fault.failing_since.unwrap_or_else(Instant::now);
+        if since.elapsed() < PATIENCE {
+            state.retries.push(Fault { failing_since: Some(since), ..fault });
+            return;
+        }
+        let Fault { page, .. } = fault;
+        tracing::error!(target: "uhmm", %page, "cannot be brought home: who touches it gets SIGBUS");
+        let poisoned = self.kernel.uffd().poison(page.into(), true);
+        if poisoned.result.is_err() {
+            self.wake(page.into());
+        }
+    }
+
+    /// Does a task if that takes nobody else.
+    fn perform_at_once(&self, task: &Task) -> bool {
+        let Task::Home { pagemap, page, order, fault } = task else { return false };
+        // Nobody to tell, and nothing to copy.
+        if self.notifiers.live() > 0 || !self.is_in_place(*page) {
+            return false;
+        }
+        self.bring(pagemap, *page, *order, *fault);
+        true
+    }
+
+    fn is_in_place(&self, page: Page) -> bool {
+        let state = self.lock();
+        matches!(state.at(page), Some((_, extent)) if match &extent.place {
+            Place::Device(block) => block.in_place(&*self.memory).is_some(),
+            _ => false,
+        })
+    }
+
+    fn perform(&self, task: Task) {
+        match task {
+            Task::Home { pagemap, page, order, fault } => self.bring(&pagemap, page, order, fault),
+            Task::Revoke(page) => self.revoke(page),
+            Task::Settle => {}
+        }
+        self.settle();
+    }
+
+    fn bring(&self, pagemap: &Arc<DevicePagemap>, page: Page, order: Order, fault: Fault) {
+        match pagemap.bring_home(self, page, order) {
+            // Home, and whoever slept for it is awake; or on its way, and then its arrival wakes
+            // them. If it is neither, the thread is to look again.
+            Ok(()) => self.look_after(page),
+            Err(FaultError::Released) => {}
+            Err(error) => {
+                tracing::warn!(target: "uhmm", %error, "will be tried again");
+                let mut state = self.lock();
+                self.retry(&mut state, fault);
+            }
+        }
+    }
+
+    /// Sees to a page after somebody was to bring it home: it may have moved on meanwhile.
+    fn look_after(&self, page: Page) {
+        let mut state = self.lock();
+        match state.at(page) {
+            None => {}
+            Some((_, extent)) => match &extent.place {
+                Place::Transit { isolation, .. } => {
+                    let isolation = *isolation;
+                    state.await_isolation(isolation);
+                }
+                _ => self.wake(page.into()),
+            },
+        }
+    }
+
+    /// Does what events have left to do, unless this is the leader, who does it after it has handed
+    /// over.
+    pub(super) fn settle_unless_leading(&self) {
+        if !LEADING.get() {
+            self.settle();
+        }
+    }
+
+    /// Does what [`Backend::exit`](uhmm::Backend::exit) says: brings everything home, gives up all
+    /// registrations, and ends the servers.
+    ///
+    /// What cannot come home keeps its servers: a process that cannot detach is better off than one
+    /// that has lost a page.
+    pub(super) fn take_apart(&self) {
+        if !self.is_here() {
+            return;
+        }
+        self.reserve_this_thread();
+        // Nothing leaves any more.
+        self.lock().over = true;
+        let began = Instant::now();
+        while !self.bring_everything_home() {
+            if began.elapsed() > PATIENCE {
+                let pages = self.lock().pages_out();
+                tracing::error!(target: "uhmm", pages, "cannot be brought home: uhmm stays attached");
+                return;
+            }
+            std::thread::sleep(PAUSE);
+        }
+        let mut state = self.lock();
+        self.read_messages(&mut state);
+        let registered: Vec<_> = state.registered.iter().map(|(range, _)| range.clone()).collect();
+        for range in registered {
+            // Closing the userfaultfd does what is left.
+            let _ = self.kernel.unregister(super::state::range_of(range));
+        }
+        state.registered = rangemap::RangeMap::new();
+        drop(state);
+        self.settle();
+        self.stop_servers();
+        crate::process::detached();
+    }
+
+    /// Brings home what is out, as far as it can be had now, and tells whether that was all.
+    pub(super) fn bring_everything_home(&self) -> bool {
+        // No device has an owner made just now, so all are foreign to it.
+        let nobody = Some(Owner::new());
+        loop {
+            let found = {
+                let state = self.lock();
+                let mut extents = state.extents();
+                extents.next().map(|(first, extent)| (first, extent.order))
+            };
+            let Some((first, order)) = found else { return true };
+            let range = first.block(order);
+            let deadline = Some(Instant::now() + PATIENCE);
+            if self.fetch_home(range, nobody, deadline).is_err() {
+                return false;
+            }
+        }
+    }
+}
+
+/// Ends the process if it is dropped.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        fatal("a server has panicked", Errno::FAULT);
+    }
+}

@@ -1,0 +1,504 @@
+//! What the space knows of the process: which pages are out, what is registered, who waits.
+//!
+//! All of it is behind one lock, [`Space::state`](super::Space). An *extent* is a block of pages
+//! that the program's page table does not have: in transit, on a device, held by one, or parked in
+//! our own memory because there was no page to put it in. Extents are blocks of two to the power of
+//! their order, aligned, of at most 2 MiB; they never overlap.
+//!
+//! # Events and the lock
+//!
+//! Messages are read from the userfaultfd and applied here without letting go of the lock between,
+//! by whoever needs it: a server that was woken by one, or a thread to which the kernel said
+//! `EAGAIN` because one is unread. So whoever holds the lock and has just been let through by the
+//! kernel knows that what stands here is true of the mappings. What an event calls for besides, to
+//! tell devices and to free what they may still use, is done later, without the lock
+//! ([`Aftermath`]): changes are *observed* here, not announced.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::time::Instant;
+
+use mmu_notifier::{EventKind, Owner};
+use rangemap::{RangeMap, RangeSet};
+use uhmm::{DeviceBlock, DeviceLocation, Order, Page, PageRange};
+
+use super::fork::Child;
+use super::pool::PoolBlock;
+use crate::sys::userfaultfd::{Message, Messages};
+
+/// A block of pages that are not in the program's page table.
+#[derive(Debug)]
+pub(super) struct Extent {
+    pub(super) order: Order,
+    pub(super) place: Place,
+}
+
+/// Where the pages of an extent are.
+#[derive(Debug)]
+pub(super) enum Place {
+    /// An isolation has them: the part from `offset` pages on of what it knows by `token`.
+    Transit { isolation: IsolationId, token: Token, offset: u64 },
+    /// On a device.
+    Device(DeviceBlock),
+    /// In staging, where a device works on them and nobody else.
+    Held { owner: Owner, block: PoolBlock },
+    /// In our own memory, since there was none for the program. The next touch tries again.
+    Parked(PoolBlock),
+}
+
+/// Names an isolation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct IsolationId(u64);
+
+/// Names a page, or block of pages, of an isolation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Token(u64);
+
+/// How a range is registered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Registered {
+    /// For its events alone.
+    Watched,
+    /// For its missing pages, and for its events.
+    Missing,
+}
+
+/// A fault of a thread that sleeps until it is woken.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Fault {
+    pub(super) page: Page,
+    /// Since when it could not be served.
+    pub(super) failing_since: Option<Instant>,
+}
+
+/// What is left to do about events once the lock is free.
+#[derive(Debug, Default)]
+pub(super) struct Aftermath {
+    /// What changed, for the devices.
+    pub(super) changed: Vec<(EventKind, PageRange)>,
+    /// What nobody has mapped any more. Freed after the devices have been told.
+    pub(super) doomed: Vec<Place>,
+    /// Whether children were born while pages were out.
+    pub(super) children: bool,
+}
+
+impl Aftermath {
+    pub(super) fn is_empty(&self) -> bool {
+        self.changed.is_empty() && self.doomed.is_empty() && !self.children
+    }
+}
+
+/// An isolation under way.
+#[derive(Debug)]
+pub(super) struct IsolationState {
+    /// The thread that began it.
+    pub(super) thread: u64,
+    /// Whether an event changed where its pages are mapped.
+    pub(super) disturbed: bool,
+    /// Whether somebody sleeps in the kernel for one of its pages.
+    pub(super) awaited: bool,
+}
+
+/// What is behind the lock. See the [module](self).
+pub(super) struct State {
+    out: BTreeMap<Page, Extent>,
+    /// Where the blocks of devices are mapped.
+    located: HashMap<DeviceLocation, Page>,
+    /// How many pages are out in each chunk that has any.
+    counts: HashMap<u64, u64>,
+    /// Chunks that had pages out and have none any more, and may still be registered.
+    pub(super) emptied: BTreeSet<u64>,
+    pub(super) registered: RangeMap<u64, Registered>,
+    /// What devices have mapped, and must hear of when it goes.
+    pub(super) watched: RangeSet<u64>,
+    /// Pages that the program is discarding, that could not be dropped by us, and that must not move
+    /// before they are gone.
+    pub(super) doubtful: RangeSet<u64>,
+    /// Memory that serving a fault may need, and that therefore never moves.
+    pub(super) reserved: RangeSet<u64>,
+    /// What may move, if not everything.
+    pub(super) managed: Option<RangeSet<u64>>,
+    pub(super) isolations: BTreeMap<IsolationId, IsolationState>,
+    /// What threads wait for: the isolations, by the waiting thread.
+    pub(super) waiting: BTreeMap<u64, IsolationId>,
+    /// What threads that have an isolation of their own are having faulted in by the kernel.
+    pub(super) populating: BTreeMap<u64, PageRange>,
+    pub(super) faults: VecDeque<Fault>,
+    /// Those that are to be tried again a little later.
+    pub(super) retries: Vec<Fault>,
+    pub(super) aftermath: Aftermath,
+    /// Children that lack pages which are still on their way to them.
+    pub(super) children: Vec<Child>,
+    /// What the program is discarding and we have yet to drop.
+    pub(super) zaps: Vec<PageRange>,
+    pub(super) messages: Messages,
+    /// How many events have been applied.
+    pub(super) epoch: u64,
+    /// How many forks are about to happen: nothing leaves meanwhile.
+    pub(super) forking: u32,
+    /// The address space has been taken apart.
+    pub(super) over: bool,
+    numbers: u64,
+}
+
+/// The size of the pieces that are registered: a huge page.
+pub(super) const CHUNK: Order = Order::HUGE;
+
+impl State {
+    pub(super) fn new() -> State {
+        State {
+            out: BTreeMap::new(),
+            located: HashMap::new(),
+            counts: HashMap::new(),
+            emptied: BTreeSet::new(),
+            registered: RangeMap::new(),
+            watched: RangeSet::new(),
+            doubtful: RangeSet::new(),
+            reserved: RangeSet::new(),
+            managed: None,
+            isolations: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            populating: BTreeMap::new(),
+            faults: VecDeque::new(),
+            retries: Vec::new(),
+            aftermath: Aftermath::default(),
+            children: Vec::new(),
+            zaps: Vec::new(),
+            messages: Messages::new(),
+            epoch: 0,
+            forking: 0,
+            over: false,
+            numbers: 0,
+        }
+    }
+
+    fn number(&mut self) -> u64 {
+        self.numbers += 1;
+        self.numbers
+    }
+
+    pub(super) fn token(&mut self) -> Token {
+        Token(self.number())
+    }
+
+    /// Begins an isolation on behalf of the calling thread.
+    pub(super) fn begin_isolation(&mut self) -> IsolationId {
+        let id = IsolationId(self.number());
+        let thread = mmu_notifier::thread_number();
+        self.isolations.insert(id, IsolationState { thread, disturbed: false, awaited: false });
+        id
+    }
+
+    /// Tells whether the pages of an isolation may not be where it took them any more.
+    pub(super) fn is_disturbed(&self, isolation: IsolationId) -> bool {
+        self.isolations.get(&isolation).is_none_or(|state| state.disturbed)
+    }
+
+    /// Notes that somebody sleeps for a page of an isolation.
+    pub(super) fn await_isolation(&mut self, isolation: IsolationId) {
+        if let Some(state) = self.isolations.get_mut(&isolation) {
+            state.awaited = true;
+        }
+    }
+
+    /// Returns the extent that holds `page`, with its first page.
+    pub(super) fn at(&self, page: Page) -> Option<(Page, &Extent)> {
+        let (&first, extent) = self.out.range(..=page).next_back()?;
+        first.block(extent.order).contains(page).then_some((first, extent))
+    }
+
+    /// Returns the extents that share a page with `range`, in ascending order.
+    pub(super) fn overlapping(&self, range: PageRange) -> impl Iterator<Item = (Page, &Extent)> {
+        let first = self.at(range.first()).map_or(range.first(), |(first, _)| first);
+        self.out.range(first..=range.last()).map(|(&first, extent)| (first, extent))
+    }
+
+    /// Returns the parts of `range` that are not out, in ascending order.
+    pub(super) fn gaps(&self, range: PageRange) -> Vec<PageRange> {
+        let mut gaps = Vec::new();
+        let mut next = Some(range.first());
+        for (first, extent) in self.overlapping(range) {
+            let before = first.number().checked_sub(1).and_then(Page::new);
+            if let (Some(from), Some(last)) = (next, before) {
+                gaps.extend(PageRange::from_bounds(from, last));
+            }
+            next = first.block(extent.order).last().checked_add(1);
+        }
+        gaps.extend(next.and_then(|from| PageRange::from_bounds(from, range.last())));
+        gaps
+    }
+
+    /// Tells whether anything is out.
+    pub(super) fn is_anything_out(&self) -> bool {
+        !self.out.is_empty()
+    }
+
+    /// Returns how many pages are out.
+    pub(super) fn pages_out(&self) -> u64 {
+        self.counts.values().sum()
+    }
+
+    /// Returns the first pages and orders of all extents.
+    pub(super) fn extents(&self) -> impl Iterator<Item = (Page, &Extent)> {
+        self.out.iter().map(|(&first, extent)| (first, extent))
+    }
+
+    /// Returns where a block of a device is mapped.
+    pub(super) fn locate(&self, location: DeviceLocation) -> Option<Page> {
+        self.located.get(&location).copied()
+    }
+
+    /// Enters an extent where there is none.
+    pub(super) fn insert(&mut self, first: Page, extent: Extent) {
+        if let Place::Device(block) = &extent.place {
+            self.located.insert(block.location(), first);
+        }
+        *self.counts.entry(chunk_of(first)).or_default() += extent.order.pages();
+        debug_assert!(self.overlapping(first.block(extent.order)).next().is_none());
+        self.out.insert(first, extent);
+    }
+
+    /// Takes the extent out that begins at `first`.
+    pub(super) fn remove(&mut self, first: Page) -> Option<Extent> {
+        let extent = self.out.remove(&first)?;
+        if let Place::Device(block) = &extent.place {
+            self.located.remove(&block.location());
+        }
+        let chunk = chunk_of(first);
+        if let Some(count) = self.counts.get_mut(&chunk) {
+            *count -= extent.order.pages();
+            if *count == 0 {
+                self.counts.remove(&chunk);
+                self.emptied.insert(chunk);
+            }
+        }
+        Some(extent)
+    }
+
+    /// Replaces the place of the extent that begins at `first`, and returns the one before.
+    pub(super) fn replace(&mut self, first: Page, place: Place) -> Option<Place> {
+        let extent = self.out.get_mut(&first)?;
+        if let Place::Device(block) = &place {
+            self.located.insert(block.location(), first);
+        }
+        let before = std::mem::replace(&mut extent.place, place);
+        if let Place::Device(block) = &before {
+            self.located.remove(&block.location());
+        }
+        Some(before)
+    }
+
+    /// Tells whether a chunk has pages out.
+    pub(super) fn is_chunk_empty(&self, chunk: u64) -> bool {
+        !self.counts.contains_key(&chunk)
+    }
+
+    /// Halves extents until none lies across an edge of `range`.
+    pub(super) fn carve(&mut self, range: PageRange) {
+        for edge in [range.first(), range.last()] {
+            while let Some((first, extent)) = self.at(edge)
+                && !range.covers(first.block(extent.order))
+            {
+                self.halve(first);
+            }
+        }
+    }
+
+    fn halve(&mut self, first: Page) {
+        let Some(extent) = self.remove(first) else { return };
+        self.disturb(&extent.place);
+        let [low, high] = extent.halve();
+        let second = first.checked_add(low.order.pages()).expect("within the extent");
+        self.insert(first, low);
+        self.insert(second, high);
+    }
+
+    /// Notes that the pages of an isolation are not where it took them any more, or in other
+    /// pieces.
+    fn disturb(&mut self, place: &Place) {
+        if let Place::Transit { isolation, .. } = place
+            && let Some(state) = self.isolations.get_mut(isolation)
+        {
+            state.disturbed = true;
+        }
+    }
+
+    /// Takes out everything in `range`.
+    fn take(&mut self, range: PageRange) -> Vec<(Page, Extent)> {
+        self.carve(range);
+        let firsts: Vec<Page> = self.overlapping(range).map(|(first, _)| first).collect();
+        let taken = firsts.into_iter().filter_map(|first| Some((first, self.remove(first)?)));
+        let taken: Vec<_> = taken.collect();
+        taken.iter().for_each(|(_, extent)| self.disturb(&extent.place));
+        taken
+    }
+
+    /// Returns the extents that hold what an isolation knows by `token`, in ascending order of
+    /// their offset.
+    pub(super) fn of_token(&self, of: Token) -> Vec<(Page, Order, u64)> {
+        let part = |(&first, extent): (&Page, &Extent)| match extent.place {
+            Place::Transit { token, offset, .. } if token == of => {
+                Some((first, extent.order, offset))
+            }
+            _ => None,
+        };
+        let mut parts: Vec<_> = self.out.iter().filter_map(part).collect();
+        parts.sort_by_key(|&(_, _, offset)| offset);
+        parts
+    }
+
+    /// Applies a message. Says whether somebody may have to be woken: threads that sleep for pages of
+    /// the range find them gone.
+    pub(super) fn apply(&mut self, message: Message) -> Option<PageRange> {
+        match message {
+            Message::Fault { address, .. } => {
+                self.faults.push_back(Fault { page: Page::containing(address), failing_since: None });
+                None
+            }
+            // A child that inherits nothing that is out needs nobody: to close its descriptor makes
+            // its memory its own.
+            Message::Fork(_) => None,
+            Message::Unmap(range) => {
+                self.epoch += 1;
+                self.registered.remove(numbers(range));
+                self.watched.remove(numbers(range));
+                self.doubtful.remove(numbers(range));
+                Some(self.lose(EventKind::Unmap, range))
+            }
+            Message::Remove(range) => {
+                self.epoch += 1;
+                self.zaps.push(range);
+                Some(self.lose(EventKind::Clear, range))
+            }
+            // A second mapping of shared memory: registered, of unknown length, and with nothing out.
+            Message::Duplicate { .. } => None,
+            Message::Remap { from, to } => {
+                self.epoch += 1;
+                self.remap(from, to);
+                None
+            }
+        }
+    }
+
+    /// Drops what is out in `range`, which the program has unmapped or discarded.
+    fn lose(&mut self, kind: EventKind, range: PageRange) -> PageRange {
+        let lost = self.take(range);
+        self.aftermath.doomed.extend(lost.into_iter().map(|(_, extent)| extent.place));
+        self.aftermath.changed.push((kind, range));
+        range
+    }
+
+    /// Moves what is out, and how it is registered, along with its mapping.
+    fn remap(&mut self, from: PageRange, to: Page) {
+        let target = PageRange::from_pages(to, from.pages()).expect("a mapping fits");
+        let moved = |page: u64| page - from.first().number() + to.number();
+        let pieces: Vec<_> = self.registered.overlapping(numbers(from)).collect();
+        let pieces: Vec<_> = pieces
+            .into_iter()
+            .map(|(range, &how)| {
+                let piece = range.start.max(numbers(from).start)..range.end.min(numbers(from).end);
+                (moved(piece.start)..moved(piece.end), how)
+            })
+            .collect();
+        for (range, how) in pieces {
+            self.registered.insert(range, how);
+        }
+        let watched: Vec<_> = self.watched.overlapping(numbers(from)).cloned().collect();
+        for range in watched {
+            let piece = range.start.max(numbers(from).start)..range.end.min(numbers(from).end);
+            self.watched.insert(moved(piece.start)..moved(piece.end));
+        }
+        for (first, extent) in self.take(from) {
+            let first = Page::new(moved(first.number())).expect("a mapping fits");
+            self.insert_realigned(first, extent);
+        }
+        self.aftermath.changed.push((EventKind::Unmap, from));
+        self.aftermath.changed.push((EventKind::Unmap, target));
+    }
+
+    /// Enters an extent that may begin anywhere, in pieces that are aligned.
+    pub(super) fn insert_realigned(&mut self, first: Page, extent: Extent) {
+        if first.align_down(extent.order) == first {
+            self.insert(first, extent);
+            return;
+        }
+        let [low, high] = extent.halve();
+        let second = first.checked_add(low.order.pages()).expect("a mapping fits");
+        self.insert_realigned(first, low);
+        self.insert_realigned(second, high);
+    }
+
+    /// Tells whether an isolation cannot end before `thread` does something: it is of that thread,
+    /// or of one that waits, here or in the kernel, for such an isolation.
+    pub(super) fn waits_for(&self, isolation: IsolationId, thread: u64) -> bool {
+        let mut seen = BTreeSet::new();
+        let mut next = vec![isolation];
+        while let Some(isolation) = next.pop() {
+            if !seen.insert(isolation) {
+                continue;
+            }
+            let Some(of) = self.isolations.get(&isolation) else { continue };
+            if of.thread == thread {
+                return true;
+            }
+            next.extend(self.waiting.get(&of.thread));
+            if let Some(&range) = self.populating.get(&of.thread) {
+                next.extend(self.overlapping(range).filter_map(|(_, extent)| match extent.place {
+                    Place::Transit { isolation, .. } => Some(isolation),
+                    _ => None,
+                }));
+            }
+        }
+        false
+    }
+}
+
+impl Place {
+    pub(super) fn is_device(&self) -> bool {
+        matches!(self, Place::Device(_))
+    }
+}
+
+impl Extent {
+    /// Cuts a block of more than one page in two.
+    fn halve(self) -> [Extent; 2] {
+        let order = Order::new(self.order.get() - 1).expect("a single page has no halves");
+        let places = match self.place {
+            Place::Transit { isolation, token, offset } => [0, order.pages()]
+                .map(|pages| Place::Transit { isolation, token, offset: offset + pages }),
+            Place::Device(block) => block.halve().map(Place::Device),
+            Place::Held { owner, block } => {
+                halve_block(block, order).map(|block| Place::Held { owner, block })
+            }
+            Place::Parked(block) => halve_block(block, order).map(Place::Parked),
+        };
+        places.map(|place| Extent { order, place })
+    }
+}
+
+fn halve_block(block: PoolBlock, order: Order) -> [PoolBlock; 2] {
+    let first = block.first();
+    let second = first.checked_add(order.pages()).expect("within the block");
+    let halves = block.cut(&[(first, order), (second, order)]);
+    halves.try_into().expect("it was cut in two")
+}
+
+/// Returns the page numbers of a range.
+pub(super) fn numbers(range: PageRange) -> std::ops::Range<u64> {
+    range.first().number()..range.last().number() + 1
+}
+
+/// Returns the range of these page numbers.
+pub(super) fn range_of(numbers: std::ops::Range<u64>) -> PageRange {
+    let first = Page::new(numbers.start).expect("it came from a page");
+    PageRange::from_pages(first, numbers.end - numbers.start).expect("ranges in maps are not empty")
+}
+
+/// Returns the number of the chunk that `page` is in.
+pub(super) fn chunk_of(page: Page) -> u64 {
+    page.number() >> CHUNK.get()
+}
+
+/// Returns the pages of a chunk.
+pub(super) fn chunk_range(chunk: u64) -> PageRange {
+    Page::new(chunk << CHUNK.get()).expect("it was made from a page").block(CHUNK)
+}

@@ -1,0 +1,510 @@
+//! Taking pages out of the program's page table.
+
+use mmu_notifier::{Event, EventKind, Owner};
+use rustix::io::Errno;
+use smallvec::SmallVec;
+use uhmm::backend::ReverseMap;
+use uhmm::{Access, DeviceLocation, Order, Page, PageRange, StayReason};
+
+use super::isolation::{Contents, ProcessIsolation};
+use super::pool::{PoolBlock, aligned_blocks};
+use super::state::{CHUNK, Place, State, numbers, range_of};
+use super::{Space, count};
+use crate::sys::maps::Vma;
+use crate::sys::pagemap::Categories;
+
+/// A part of a range that may be taken, with the mapping it is of.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Candidate {
+    pub(super) pages: PageRange,
+    pub(super) mapping: PageRange,
+}
+
+/// How pages of a block that was to be taken came out.
+enum Run {
+    /// They are in the block of staging.
+    Moved(PageRange),
+    /// There are none.
+    Zero(PageRange),
+}
+
+impl Space {
+    /// Does what [`Backend::isolate`](uhmm::Backend::isolate) says of pages in system memory.
+    pub(super) fn take_from_system(&self, range: PageRange, to: Owner) -> ProcessIsolation {
+        let mut isolation = ProcessIsolation::empty(self);
+        if !self.is_here() || !self.abilities.migrate {
+            isolation.stay(range, StayReason::Unsupported);
+            return isolation;
+        }
+        self.reserve_this_thread();
+        let candidates = self.candidates(range, &mut |pages, reason| isolation.stay(pages, reason));
+        let (Some(first), Some(last)) = (candidates.first(), candidates.last()) else {
+            return isolation;
+        };
+        let covered = PageRange::from_bounds(first.pages.first(), last.pages.last());
+        let covered = covered.expect("candidates are in ascending order");
+        let announced = self
+            .notifiers
+            .invalidate_range_start(Event::new(EventKind::Migrate, covered.va_range()));
+        let mut shared = Vec::new();
+        for candidate in &candidates {
+            self.take_candidate(&mut isolation, *candidate, to, &mut |page| shared.push(page));
+        }
+        self.take_shared(&mut isolation, &candidates, &shared, to);
+        drop(announced);
+        isolation.sort();
+        self.settle_unless_leading();
+        isolation
+    }
+
+    /// Finds the parts of `range` whose mappings allow that they are taken, and reports the others.
+    pub(super) fn candidates(
+        &self,
+        range: PageRange,
+        stay: &mut dyn FnMut(PageRange, StayReason),
+    ) -> SmallVec<[Candidate; 2]> {
+        let mut candidates = SmallVec::new();
+        let mut next = Some(range.first());
+        while let Some(page) = next.filter(|&page| page <= range.last()) {
+            let rest = PageRange::from_bounds(page, range.last()).expect("checked just now");
+            let vma = match self.kernel.vma(page) {
+                Ok(Some(vma)) if vma.range.overlaps(rest) => vma,
+                Ok(_) => {
+                    stay(rest, StayReason::Hole);
+                    break;
+                }
+                Err(_) => {
+                    stay(rest, StayReason::Busy);
+                    break;
+                }
+            };
+            let pages = vma.range.intersection(rest).expect("they overlap");
+            if page < pages.first() {
+                let before = Page::new(pages.first().number() - 1);
+                let hole = before.and_then(|last| PageRange::from_bounds(page, last));
+                stay(hole.expect("there is a page before"), StayReason::Hole);
+            }
+            match movable(&vma) {
+                Ok(()) => candidates.push(Candidate { pages, mapping: vma.range }),
+                Err(reason) => stay(pages, reason),
+            }
+            next = pages.last().checked_add(1);
+        }
+        candidates
+    }
+
+    /// Takes what can be taken of a candidate. What is shared is only reported.
+    fn take_candidate(
+        &self,
+        isolation: &mut ProcessIsolation,
+        candidate: Candidate,
+        to: Owner,
+        shared: &mut dyn FnMut(Page),
+    ) {
+        let mut registered = false;
+        // A chunk at a time: whoever faults meanwhile gets the lock in between.
+        for pages in candidate.pages.blocks(CHUNK) {
+            let mut state = self.lock();
+            let state = &mut *state;
+            if state.forking > 0 || state.over {
+                isolation.stay(pages, StayReason::Busy);
+                continue;
+            }
+            for part in self.allowed(state, pages, &mut |pages, why| isolation.stay(pages, why)) {
+                if !self.is_registered_missing(state, part) {
+                    // The first time for all of it, which is one call.
+                    let wanted = if registered { part } else { candidate.pages };
+                    registered = true;
+                    let result = self.register_missing(state, wanted, candidate.mapping);
+                    if let Err(reason) = result {
+                        isolation.stay(part, reason);
+                        continue;
+                    }
+                }
+                self.take_gaps(state, isolation, part, to, shared);
+            }
+        }
+    }
+
+    /// Returns the parts of `pages` that are not reserved, and are managed and not in doubt.
+    pub(super) fn allowed(
+        &self,
+        state: &mut State,
+        pages: PageRange,
+        stay: &mut dyn FnMut(PageRange, StayReason),
+    ) -> SmallVec<[PageRange; 2]> {
+        self.clear_doubts(state, pages);
+        let whole = numbers(pages);
+        let mut allowed: SmallVec<[std::ops::Range<u64>; 2]> = SmallVec::new();
+        match &state.managed {
+            None => allowed.push(whole.clone()),
+            Some(managed) => {
+                for gap in managed.gaps(&whole) {
+                    stay(range_of(gap), StayReason::Reserved);
+                }
+                let cut = |part: &std::ops::Range<u64>| {
+                    part.start.max(whole.start)..part.end.min(whole.end)
+                };
+                allowed.extend(managed.overlapping(&whole).map(cut));
+            }
+        }
+        let mut result = SmallVec::new();
+        for part in allowed {
+            for reserved in state.reserved.overlapping(&part) {
+                let cut = reserved.start.max(part.start)..reserved.end.min(part.end);
+                stay(range_of(cut), StayReason::Reserved);
+            }
+            for free in state.reserved.gaps(&part) {
+                for doubtful in state.doubtful.overlapping(&free) {
+                    let cut = doubtful.start.max(free.start)..doubtful.end.min(free.end);
+                    stay(range_of(cut), StayReason::Changed);
+                }
+                result.extend(state.doubtful.gaps(&free).map(range_of));
+            }
+        }
+        result
+    }
+
+    /// Forgets doubts about pages that are gone by now, as the program wanted.
+    fn clear_doubts(&self, state: &mut State, pages: PageRange) {
+        let whole = numbers(pages);
+        if !state.doubtful.overlaps(&whole) {
+            return;
+        }
+        let mut present = Vec::new();
+        let there = Categories::PRESENT | Categories::SWAPPED;
+        if self.kernel.scan(pages, there, &mut present).is_ok() {
+            let doubts: Vec<_> = state.doubtful.overlapping(&whole).cloned().collect();
+            state.doubtful.remove(whole.clone());
+            for (run, _) in present {
+                let run = numbers(run);
+                for doubt in &doubts {
+                    let still = doubt.start.max(run.start)..doubt.end.min(run.end);
+                    if !still.is_empty() {
+                        state.doubtful.insert(still);
+                    }
+                }
+            }
+            // What lies beyond `pages` was not looked at.
+            for doubt in doubts {
+                for rest in [doubt.start..whole.start, whole.end..doubt.end] {
+                    if !rest.is_empty() {
+                        state.doubtful.insert(rest);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes what is in the page table of `part`, which is registered and lies in one chunk, and
+    /// reports what is out already.
+    fn take_gaps(
+        &self,
+        state: &mut State,
+        isolation: &mut ProcessIsolation,
+        part: PageRange,
+        to: Owner,
+        shared: &mut dyn FnMut(Page),
+    ) {
+        for (first, extent) in state.overlapping(part) {
+            let pages = first.block(extent.order).intersection(part).expect("they overlap");
+            let reason = match &extent.place {
+                Place::Transit { .. } | Place::Parked(_) => StayReason::InTransit,
+                Place::Device(block) if block.location().owner == to => StayReason::AlreadyThere,
+                Place::Device(_) => StayReason::Elsewhere,
+                Place::Held { .. } => StayReason::Exclusive,
+            };
+            isolation.stay(pages, reason);
+        }
+        for gap in state.gaps(part) {
+            for (first, order) in aligned_blocks(gap) {
+                self.take_block(state, isolation, first, order, shared);
+            }
+        }
+    }
+
+    /// Takes a block that has nothing out.
+    fn take_block(
+        &self,
+        state: &mut State,
+        isolation: &mut ProcessIsolation,
+        first: Page,
+        order: Order,
+        shared: &mut dyn FnMut(Page),
+    ) {
+        let pages = first.block(order);
+        let Some(staged) = self.allocate_staging(order) else {
+            isolation.stay(pages, StayReason::OutOfSystemMemory);
+            return;
+        };
+        let mut runs: SmallVec<[Run; 1]> = SmallVec::new();
+        self.move_out(state, isolation, pages, &staged, &mut runs, shared);
+        if let [Run::Moved(moved)] = runs[..]
+            && moved == pages
+        {
+            isolation.take(state, first, order, Contents::Staged(staged));
+            return;
+        }
+        let at = |page: Page| {
+            let offset = page.number() - first.number();
+            staged.first().checked_add(offset).expect("within the block")
+        };
+        let blocks = |run: &Run| match *run {
+            Run::Moved(run) => aligned_blocks(run).collect::<Vec<_>>(),
+            Run::Zero(_) => Vec::new(),
+        };
+        let moved: Vec<(Page, Order)> = runs.iter().flat_map(blocks).collect();
+        let parts: Vec<_> = moved.iter().map(|&(page, order)| (at(page), order)).collect();
+        let staged = staged.cut(&parts);
+        for ((page, order), block) in moved.into_iter().zip(staged) {
+            isolation.take(state, page, order, Contents::Staged(block));
+        }
+        for run in runs {
+            if let Run::Zero(run) = run {
+                for (page, order) in aligned_blocks(run) {
+                    isolation.take(state, page, order, Contents::Zero);
+                }
+            }
+        }
+    }
+
+    /// Moves pages to staging, as far as the kernel moves them.
+    fn move_out(
+        &self,
+        state: &mut State,
+        isolation: &mut ProcessIsolation,
+        pages: PageRange,
+        staged: &PoolBlock,
+        runs: &mut SmallVec<[Run; 1]>,
+        shared: &mut dyn FnMut(Page),
+    ) {
+        let mut next = Some(pages.first());
+        while let Some(rest) = next.and_then(|page| PageRange::from_bounds(page, pages.last())) {
+            let offset = rest.first().number() - pages.first().number();
+            let target = staged.first().checked_add(offset).expect("within the block");
+            let progress = self.kernel.move_out(rest, target);
+            if progress.pages > 0 {
+                let moved = PageRange::from_pages(rest.first(), progress.pages);
+                runs.push(Run::Moved(moved.expect("some were moved")));
+                let filled = PageRange::from_pages(target, progress.pages);
+                self.staging.fill(filled.expect("some were moved"));
+                next = rest.first().checked_add(progress.pages);
+                if progress.result.is_err() {
+                    continue;
+                }
+                break;
+            }
+            let page = rest.first();
+            match progress.result {
+                Ok(()) => break,
+                Err(Errno::AGAIN) => {
+                    count(&self.counters.retries, 1);
+                    let epoch = state.epoch;
+                    self.drain(state);
+                    // An event may have changed what is mapped here, and what is out.
+                    if state.epoch != epoch && !self.is_as_it_was(state, rest) {
+                        isolation.stay(rest, StayReason::Changed);
+                        break;
+                    }
+                    continue;
+                }
+                Err(Errno::NOENT) => {
+                    let run = self.absent(rest);
+                    next = run.last().checked_add(1);
+                    runs.push(Run::Zero(run));
+                    continue;
+                }
+                Err(Errno::BUSY) => shared(page),
+                Err(Errno::INVAL) => {
+                    // Of all that the kernel refuses this way, only this is not told by the mapping.
+                    isolation.stay(rest, StayReason::Locked);
+                    break;
+                }
+                Err(Errno::NOMEM) => isolation.stay(page.into(), StayReason::OutOfSystemMemory),
+                Err(_) => isolation.stay(page.into(), StayReason::Changed),
+            }
+            next = page.checked_add(1);
+        }
+    }
+
+    fn is_as_it_was(&self, state: &State, pages: PageRange) -> bool {
+        let whole = numbers(pages);
+        self.is_registered_missing(state, pages)
+            && state.overlapping(pages).next().is_none()
+            && !state.doubtful.overlaps(&whole)
+            && !state.reserved.overlaps(&whole)
+    }
+
+    /// Returns the pages from the first of `rest` on that are not there. The first is not.
+    fn absent(&self, rest: PageRange) -> PageRange {
+        if rest.pages() == 1 {
+            return rest;
+        }
+        let mut present = Vec::new();
+        let there = Categories::PRESENT | Categories::SWAPPED | Categories::GUARD;
+        let alone = PageRange::from(rest.first());
+        if self.kernel.scan(rest, there, &mut present).is_err() {
+            return alone;
+        }
+        let Some(&(found, _)) = present.first() else { return rest };
+        let before = found.first().number().checked_sub(1).and_then(Page::new);
+        before.and_then(|last| PageRange::from_bounds(rest.first(), last)).unwrap_or(alone)
+    }
+
+    /// Takes pages that others share, by giving the program pages of its own first.
+    fn take_shared(
+        &self,
+        isolation: &mut ProcessIsolation,
+        candidates: &[Candidate],
+        shared: &[Page],
+        to: Owner,
+    ) {
+        for &page in shared {
+            let own = self.lock().at(page).is_none()
+                && self.kernel.populate(page.into(), true).is_ok();
+            let mapping = candidates.iter().find(|candidate| candidate.pages.contains(page));
+            let mut pinned = !own;
+            if let (true, Some(&Candidate { mapping, .. })) = (own, mapping) {
+                let candidate = Candidate { pages: page.into(), mapping };
+                self.take_candidate(isolation, candidate, to, &mut |_| pinned = true);
+            }
+            if pinned {
+                isolation.stay(page.into(), StayReason::Pinned);
+            }
+        }
+    }
+
+    /// Does what [`Backend::isolate`](uhmm::Backend::isolate) says of pages on the device of `owner`,
+    /// or on those of all others.
+    pub(super) fn take_from_devices(
+        &self,
+        range: PageRange,
+        owner: Owner,
+        others: bool,
+    ) -> ProcessIsolation {
+        let mut isolation = ProcessIsolation::empty(self);
+        if !self.is_here() {
+            isolation.stay(range, StayReason::Elsewhere);
+            return isolation;
+        }
+        self.reserve_this_thread();
+        let wanted = |place: &Place| match place {
+            Place::Device(block) => (block.location().owner == owner) != others,
+            _ => false,
+        };
+        let covered = {
+            let state = self.lock();
+            let mut found = state.overlapping(range).filter(|(_, extent)| wanted(&extent.place));
+            found.next().map(|(first, extent)| {
+                let block = first.block(extent.order);
+                found.fold(block, |so_far, (first, extent)| {
+                    let last = first.block(extent.order).last();
+                    PageRange::from_bounds(so_far.first(), last).expect("in ascending order")
+                })
+            })
+        };
+        let Some(covered) = covered.and_then(|covered| covered.intersection(range)) else {
+            isolation.stay(range, StayReason::Elsewhere);
+            return isolation;
+        };
+        let announced = self
+            .notifiers
+            .invalidate_range_start(Event::new(EventKind::Migrate, covered.va_range()));
+        let mut next = Some(range.first());
+        {
+            let mut state = self.lock();
+            let found = |state: &State| -> SmallVec<[(Page, Order, bool, bool); 1]> {
+                let sight = |(first, extent): (Page, &super::state::Extent)| {
+                    let transit = matches!(extent.place, Place::Transit { .. } | Place::Parked(_));
+                    (first, extent.order, wanted(&extent.place), transit)
+                };
+                state.overlapping(range).map(sight).collect()
+            };
+            if found(&state).iter().any(|&(.., wanted, _)| wanted) {
+                state.carve(range);
+            }
+            for (first, order, wanted, transit) in found(&state) {
+                let pages = first.block(order).intersection(range).expect("they overlap");
+                stay_before(&mut isolation, next, pages.first());
+                next = pages.last().checked_add(1);
+                match (wanted, transit) {
+                    // What arrived since was not announced.
+                    (true, _) if covered.covers(pages) => {
+                        isolation.take_from_device(&mut state, first, order);
+                    }
+                    (true, _) => isolation.stay(pages, StayReason::Busy),
+                    (false, true) => isolation.stay(pages, StayReason::InTransit),
+                    (false, false) => isolation.stay(pages, StayReason::Elsewhere),
+                }
+            }
+        }
+        if let Some(rest) = next.and_then(|from| PageRange::from_bounds(from, range.last())) {
+            isolation.stay(rest, StayReason::Elsewhere);
+        }
+        drop(announced);
+        isolation
+    }
+}
+
+fn stay_before(isolation: &mut ProcessIsolation, from: Option<Page>, to: Page) {
+    let before = to.number().checked_sub(1).and_then(Page::new);
+    if let (Some(from), Some(last)) = (from, before)
+        && let Some(gap) = PageRange::from_bounds(from, last)
+    {
+        isolation.stay(gap, StayReason::Elsewhere);
+    }
+}
+
+/// Says why pages of a mapping do not move, if they do not.
+fn movable(vma: &Vma) -> Result<(), StayReason> {
+    if vma.rights() == Access::None && !vma.writable {
+        return Err(StayReason::Denied);
+    }
+    if !vma.is_anonymous() || vma.shared {
+        return Err(StayReason::FileBacked);
+    }
+    if !vma.writable {
+        return Err(StayReason::ReadOnly);
+    }
+    // Staging has other rights then, and the kernel moves between equals only.
+    if vma.executable || !vma.readable {
+        return Err(StayReason::Unsupported);
+    }
+    Ok(())
+}
+
+impl ReverseMap for Space {
+    fn isolate(&self, locations: &[DeviceLocation]) -> Box<dyn uhmm::backend::Isolation> {
+        let mut isolation = ProcessIsolation::empty(self);
+        if !self.is_here() {
+            return Box::new(isolation);
+        }
+        self.reserve_this_thread();
+        let found = |state: &State| -> Vec<(Page, Order)> {
+            let locate = |&location: &DeviceLocation| {
+                let first = state.locate(location)?;
+                state.at(first).map(|(first, extent)| (first, extent.order))
+            };
+            locations.iter().filter_map(locate).collect()
+        };
+        // Each by itself: they may lie far apart, with much between that is none of this business.
+        let mut announced: SmallVec<[_; 1]> = SmallVec::new();
+        let first_look = found(&self.lock());
+        for &(first, order) in &first_look {
+            let event = Event::new(EventKind::Migrate, first.block(order).va_range());
+            announced.push(self.notifiers.invalidate_range_start(event));
+        }
+        {
+            let mut state = self.lock();
+            for (first, order) in found(&state) {
+                let there = state.at(first).is_some_and(|(_, extent)| extent.place.is_device());
+                if there && first_look.contains(&(first, order)) {
+                    isolation.take_from_device(&mut state, first, order);
+                }
+            }
+        }
+        drop(announced);
+        isolation.sort();
+        Box::new(isolation)
+    }
+}

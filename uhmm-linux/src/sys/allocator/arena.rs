@@ -1,0 +1,522 @@
+//! The memory itself: one range of addresses, made accessible from its low end as it is needed.
+//!
+//! ```text
+//! base                                     first span                        end
+//! | Arena | used bits | dirty bits | Span Span Span ...  | 64 KiB | 64 KiB | ... |
+//! |------------- accessible --------------|-----         |-- accessible --|      |
+//! ```
+//!
+//! Spans are numbered from the base, so those that hold the arena's own data have numbers too; their
+//! bits are set and stay so. Inaccessible memory is not accounted for, so the range can be much
+//! larger than the machine's memory; it never grows.
+
+use core::alloc::Layout;
+use core::ffi::c_void;
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::os::fd::BorrowedFd;
+
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+use uhmm::{PAGE_SIZE, PageRange};
+
+use super::classes::{ALL, CLASSES, class_for};
+use super::runs::{Run, Runs, SPAN_BYTES, Summary};
+use super::spans::{ClassSpans, Freed, SHARDS, Shard, Span, Spans, Use};
+
+/// How many spans are made accessible at once: 4 MiB.
+const STEP_SPANS: u32 = 64;
+
+/// How many spans of a class must be seen unused until their memory is returned, at least.
+const UNUSED_SPANS: u32 = 8;
+
+/// The least that is worth reserving, in bytes.
+const SMALLEST: usize = 64 << 20;
+
+/// The alignment of an arena, in bytes, and so of its allocations, as far as its size allows.
+const LARGEST_ALIGN: usize = 1 << 30;
+
+/// An arena, at the base of its own memory. It is never unmapped.
+///
+/// # Invariants
+///
+/// 1. `bytes` is a power of two from [`SMALLEST`] and a multiple of 64 spans; the arena's address is
+///    a multiple of `bytes` or of [`LARGEST_ALIGN`], whichever is smaller; all of the `bytes` bytes
+///    from `base`, which is the arena's address, are one mapping of ours for ever.
+/// 2. The arena, its bits, the `Span`s before number `committed`, and the spans from
+///    `parts.first` to before `committed` are accessible; the former are only accessed as what they are, by shared
+///    references; they began as zeroes, which is a valid value of each.
+/// 3. The numbers before `parts.first` are taken in `used`, and never given back.
+#[repr(C)]
+pub(super) struct Arena {
+    base: NonNull<u8>,
+    bytes: usize,
+    parts: Parts,
+    /// Up to which number spans are accessible.
+    committed: AtomicU32,
+    /// On cache lines of its own: it changes, and all else here is read all the time.
+    runs: Summary,
+    classes: [ClassSpans; CLASSES],
+    shards: [Shard; SHARDS],
+}
+
+// SAFETY: the arena's memory belongs to nobody in particular, and `base` is a plain address.
+unsafe impl Sync for Arena {}
+
+/// Where the parts of an arena are, in bytes from its base.
+#[derive(Clone, Copy, Debug)]
+struct Parts {
+    used: usize,
+    dirty: usize,
+    table: usize,
+    /// The first span that is not the arena's own.
+    first: u32,
+}
+
+impl Parts {
+    /// Lays out an arena of `bytes` bytes.
+    const fn of(bytes: usize) -> Parts {
+        let spans = bytes / SPAN_BYTES;
+        let used = size_of::<Arena>().next_multiple_of(align_of::<Span>());
+        let dirty = used + spans / 8;
+        let table = (dirty + spans / 8).next_multiple_of(align_of::<Span>());
+        let end = table + spans * size_of::<Span>();
+        // The first span begins where a huge page may.
+        Parts { used, dirty, table, first: (end.next_multiple_of(2 << 20) / SPAN_BYTES) as u32 }
+    }
+}
+
+impl Arena {
+    /// Reserves an arena of `bytes` bytes, a power of two, or of half as much as long as there is no
+    /// room for it.
+    ///
+    /// # Errors
+    ///
+    /// What `mmap` or `mprotect` said of the last attempt.
+    pub(super) fn reserve(bytes: usize) -> Result<&'static Arena, Errno> {
+        let mut bytes = bytes.next_power_of_two().max(SMALLEST);
+        loop {
+            match Arena::map(bytes) {
+                Err(_) if bytes > SMALLEST => bytes /= 2,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Reserves an arena of exactly `bytes` bytes, and makes its own data accessible.
+    fn map(bytes: usize) -> Result<&'static Arena, Errno> {
+        let align = bytes.min(LARGEST_ALIGN);
+        let mapped = bytes.checked_add(align).ok_or(Errno::NOMEM)?;
+        let none = ProtFlags::empty();
+        // SAFETY: the kernel chooses where, so that it replaces no other mapping.
+        let start = unsafe {
+            rustix::mm::mmap_anonymous(core::ptr::null_mut(), mapped, none, MapFlags::PRIVATE)
+        }?;
+        let before = start.addr().next_multiple_of(align) - start.addr();
+        let base = start.wrapping_byte_add(before);
+        // SAFETY: what is before the arena is ours, and nobody knows of it.
+        unsafe { unmap(start, before) }?;
+        // SAFETY: as above, what is after it.
+        unsafe { unmap(base.wrapping_byte_add(bytes), mapped - bytes - before) }?;
+        let parts = Parts::of(bytes);
+        // SAFETY: the memory is ours.
+        let allowed = unsafe { allow(base, parts.table) };
+        if let Err(error) = allowed {
+            // SAFETY: the memory is ours, and nobody knows of it.
+            unsafe { unmap(base, bytes) }?;
+            return Err(error);
+        }
+        let base = NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)?;
+        // SAFETY: `bytes` bytes at `base` are ours, aligned, and accessible as far as the arena's
+        // own data goes; nobody else knows of them, and all are zero.
+        Ok(unsafe { Arena::begin(base, bytes, parts) })
+    }
+
+    /// Begins an arena in memory that reads as zeroes.
+    ///
+    /// # Safety
+    ///
+    /// The memory is as invariants 1 and 2 want it with nothing committed, and is the caller's.
+    unsafe fn begin(base: NonNull<u8>, bytes: usize, parts: Parts) -> &'static Arena {
+        let arena = base.cast::<Arena>().as_ptr();
+        // Only what is not zero is written: the whole would not fit every stack.
+        // SAFETY: the caller's contract: the memory is ours, and there is room.
+        unsafe { (&raw mut (*arena).base).write(base) };
+        // SAFETY: as above.
+        unsafe { (&raw mut (*arena).bytes).write(bytes) };
+        // SAFETY: as above.
+        unsafe { (&raw mut (*arena).parts).write(parts) };
+        // SAFETY: as above.
+        unsafe { (&raw mut (*arena).committed).write(AtomicU32::new(parts.first)) };
+        // SAFETY: all fields are valid: those written, and the rest, which are zero (invariant 2).
+        // The memory is never unmapped once somebody knows of it, and from here on only shared.
+        let arena: &'static Arena = unsafe { &*arena };
+        let own = arena.runs().take_exactly(0, parts.first);
+        debug_assert!(own.is_ok(), "a new arena has no spans in use");
+        arena
+    }
+
+    /// Unmaps an arena. Where that fails it stays, and costs only addresses.
+    ///
+    /// # Safety
+    ///
+    /// Nobody but the caller knows of it, nothing was allocated from it, and no reference to it is
+    /// used again.
+    pub(super) unsafe fn discard(arena: NonNull<Arena>, bytes: usize) {
+        // SAFETY: the caller's contract.
+        let _ = unsafe { unmap(arena.as_ptr().cast::<c_void>(), bytes) };
+    }
+
+    /// Returns the range of pages of the arena.
+    pub(super) fn range(&self) -> PageRange {
+        PageRange::new(self.base.addr().get() as u64, self.bytes as u64)
+            .expect("an arena begins and ends at the edge of a page")
+    }
+
+    /// Returns how far in the arena `address` is; `None` where it is not.
+    #[inline]
+    pub(super) fn offset_of(&self, address: usize) -> Option<usize> {
+        let offset = address.wrapping_sub(self.base.addr().get());
+        (offset < self.bytes).then_some(offset)
+    }
+
+    /// Allocates. Returns null where there is no memory, and for an alignment above that of the
+    /// arena.
+    #[inline]
+    pub(super) fn allocate(&self, layout: Layout, shard: usize) -> *mut u8 {
+        match class_for(layout) {
+            Some(class) => self.allocate_object(class, shard),
+            None => {
+                self.allocate_run(layout).map_or(core::ptr::null_mut(), |run| self.at(run.first, 0))
+            }
+        }
+    }
+
+    /// Allocates memory that reads as zeroes, like [`allocate`](Arena::allocate).
+    pub(super) fn allocate_zeroed(&self, layout: Layout, shard: usize) -> *mut u8 {
+        let (pointer, zeroes) = match class_for(layout) {
+            Some(class) => (self.allocate_object(class, shard), false),
+            None => match self.allocate_run(layout) {
+                Some(run) => (self.at(run.first, 0), run.zeroes),
+                None => return core::ptr::null_mut(),
+            },
+        };
+        if !pointer.is_null() && !zeroes {
+            // SAFETY: so many bytes were just allocated, and nobody else has them.
+            unsafe { pointer.write_bytes(0, layout.size()) };
+        }
+        pointer
+    }
+
+    /// Frees what was allocated at `offset` with `layout`.
+    ///
+    /// # Safety
+    ///
+    /// It was allocated by this arena with a layout of the same size and alignment, or was made to
+    /// have it by [`resize_in_place`](Arena::resize_in_place), and nobody uses it any more.
+    #[inline]
+    pub(super) unsafe fn free(&self, offset: usize, layout: Layout, shard: usize) {
+        let number = (offset / SPAN_BYTES) as u32;
+        match self.spans().span(number).usage() {
+            Use::Class(class) => {
+                let object = ALL[class].object_at((offset % SPAN_BYTES) as u32);
+                self.free_object(number, class, object, shard);
+            }
+            Use::Run if offset.is_multiple_of(SPAN_BYTES) => {
+                self.spans().span(number).set_usage(Use::None);
+                self.give_back(number, spans_of(layout.size()));
+            }
+            Use::Run | Use::None => corrupted("freed memory that was not allocated\n"),
+        }
+    }
+
+    /// Makes what was allocated at `offset` with `layout` one of `size` bytes at the same place, if
+    /// that is possible without waste.
+    ///
+    /// # Safety
+    ///
+    /// As for [`free`](Arena::free), except that it is still in use up to the smaller of the sizes.
+    /// `size` with the alignment of `layout` is a layout.
+    pub(super) unsafe fn resize_in_place(
+        &self,
+        offset: usize,
+        layout: Layout,
+        size: usize,
+    ) -> bool {
+        let Ok(new) = Layout::from_size_align(size, layout.align()) else { return false };
+        match (class_for(layout), class_for(new)) {
+            (Some(old), Some(new)) => old == new,
+            (None, None) => {
+                let number = (offset / SPAN_BYTES) as u32;
+                let (old, new) = (spans_of(layout.size()), spans_of(size));
+                if new < old {
+                    self.give_back(number + new, old - new);
+                    return true;
+                }
+                new == old || self.take_at(number + old, new - old)
+            }
+            _ => false,
+        }
+    }
+
+    /// Takes an object of a class.
+    #[inline]
+    fn allocate_object(&self, class: usize, shard: usize) -> *mut u8 {
+        // Acquire: pairs with `make_current`, so that the span's data is accessible.
+        let current = self.shards[shard].current[class].load(Ordering::Acquire);
+        match self.take_object(current, class) {
+            Some(pointer) => pointer,
+            None => self.allocate_object_elsewhere(class, shard),
+        }
+    }
+
+    /// Takes an object of a class, where the current span has none.
+    #[cold]
+    #[inline(never)]
+    fn allocate_object_elsewhere(&self, class: usize, shard: usize) -> *mut u8 {
+        while let Some(number) = self.spans().unlist(class) {
+            self.make_current(number, class, shard);
+            if let Some(pointer) = self.take_object(number, class) {
+                return pointer;
+            }
+        }
+        let Some(run) = self.take(1, 1) else { return core::ptr::null_mut() };
+        // Relaxed: a number that nothing else hangs on.
+        self.classes[class].spans.fetch_add(1, Ordering::Relaxed);
+        let span = self.spans().span(run.first);
+        span.set_usage(Use::Class(class));
+        span.fill(ALL[class]);
+        self.make_current(run.first, class, shard);
+        self.at(run.first, 0)
+    }
+
+    /// Takes an object of a class in a span, which may be none.
+    #[inline]
+    fn take_object(&self, number: u32, class: usize) -> Option<*mut u8> {
+        if number == 0 {
+            return None;
+        }
+        let span = self.spans().span(number);
+        let object = span.take(ALL[class])?;
+        match span.usage() {
+            Use::Class(actual) if actual == class => {
+                Some(self.at(number, object * ALL[class].size))
+            }
+            Use::Class(actual) => {
+                // It has changed hands since we last heard of it (rule 1 of `spans`).
+                span.give_back(ALL[actual], object);
+                self.spans().list(number);
+                None
+            }
+            Use::None | Use::Run => corrupted("a span without a class has free objects\n"),
+        }
+    }
+
+    /// Makes a span the current one, and sees to it that what is free in the one before is found.
+    fn make_current(&self, number: u32, class: usize, shard: usize) {
+        // SeqCst: rule 3 of `spans`; as a release it pairs with `allocate_object`.
+        let before = self.shards[shard].current[class].swap(number, Ordering::SeqCst);
+        if before != 0 && before != number {
+            self.spans().list(before);
+        }
+    }
+
+    /// Gives an object back.
+    #[inline]
+    fn free_object(&self, number: u32, class: usize, object: u32, shard: usize) {
+        let span = self.spans().span(number);
+        let freed = span.give_back(ALL[class], object);
+        // SeqCst: rule 3 of `spans`.
+        let current = self.shards[shard].current[class].load(Ordering::SeqCst);
+        if current != number && !span.is_listed() {
+            self.spans().list(number);
+        }
+        match freed {
+            Freed::Object => {}
+            Freed::Twice => corrupted("freed memory twice\n"),
+            Freed::LastOfWord => {
+                // What a thread allocates from it will go on to allocate from.
+                if current != number && span.is_unused(ALL[class]) {
+                    self.return_unused(class);
+                }
+            }
+        }
+    }
+
+    /// Returns the unused spans of a class if there are many; called for each that is seen.
+    #[cold]
+    fn return_unused(&self, class: usize) {
+        let spans = &self.classes[class];
+        // Relaxed: numbers that only say when to look.
+        let unused = spans.unused.fetch_add(1, Ordering::Relaxed) + 1;
+        if unused >= UNUSED_SPANS.max(spans.spans.load(Ordering::Relaxed) / 4) {
+            spans.unused.store(0, Ordering::Relaxed);
+            self.spans().return_unused(class, |number| self.give_back(number, 1));
+        }
+    }
+
+    /// Takes a run for a layout that no class fits.
+    fn allocate_run(&self, layout: Layout) -> Option<Run> {
+        if layout.align() > self.bytes.min(LARGEST_ALIGN) {
+            return None;
+        }
+        let align = (layout.align() / SPAN_BYTES).max(1) as u32;
+        let run = self.take(spans_of(layout.size()), align)?;
+        self.spans().span(run.first).set_usage(Use::Run);
+        Some(run)
+    }
+
+    /// Takes spans and makes them accessible.
+    fn take(&self, spans: u32, align: u32) -> Option<Run> {
+        let run = self.runs().take(spans, align)?;
+        if self.commit(run.first + spans).is_err() {
+            // Nothing has touched them.
+            self.runs().give_back(run.first, spans, || true);
+            return None;
+        }
+        Some(run)
+    }
+
+    /// Takes the spans from `first`, if all are free, and makes them accessible.
+    fn take_at(&self, first: u32, spans: u32) -> bool {
+        if self.runs().take_exactly(first, spans).is_err() {
+            return false;
+        }
+        if self.commit(first + spans).is_err() {
+            self.runs().give_back(first, spans, || false);
+            return false;
+        }
+        true
+    }
+
+    /// Gives spans back.
+    fn give_back(&self, first: u32, spans: u32) {
+        let start = self.at(first, 0).cast::<c_void>();
+        let bytes = spans as usize * SPAN_BYTES;
+        self.runs().give_back(first, spans, || {
+            // It fails where the program has locked its memory, which then keeps what it holds.
+            // SAFETY: the spans are the caller's, who has no use for what they hold.
+            unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxDontNeed) }.is_ok()
+        });
+    }
+
+    /// Makes the spans up to number `end`, and their data, accessible.
+    fn commit(&self, end: u32) -> Result<(), Errno> {
+        // Acquire: pairs with the last line, so that what it says is accessible is so.
+        let committed = self.committed.load(Ordering::Acquire);
+        if end <= committed {
+            return Ok(());
+        }
+        let all = (self.bytes / SPAN_BYTES) as u32;
+        let ample = end.saturating_add(STEP_SPANS).min(all);
+        let mut outcome = Err(Errno::NOMEM);
+        for end in [ample, end] {
+            // Several threads may do the same at once; it makes no difference.
+            outcome = self.allow_spans(committed, end);
+            if outcome.is_ok() {
+                self.committed.fetch_max(end, Ordering::AcqRel);
+                break;
+            }
+        }
+        outcome
+    }
+
+    /// Makes the spans from `from` to before `to`, and the data of all before `to`, accessible.
+    fn allow_spans(&self, from: u32, to: u32) -> Result<(), Errno> {
+        let base = self.base.as_ptr().cast::<c_void>();
+        // SAFETY: it is within the arena (invariant 1), whose own data is at its start.
+        unsafe { allow(base, self.parts.table + to as usize * size_of::<Span>()) }?;
+        let bytes = (to - from) as usize * SPAN_BYTES;
+        // SAFETY: it is within the arena.
+        unsafe { allow(base.wrapping_byte_add(from as usize * SPAN_BYTES), bytes) }
+    }
+
+    /// Returns what is known of the spans.
+    #[inline]
+    fn spans(&self) -> Spans<'_> {
+        let table = self.base.as_ptr().wrapping_add(self.parts.table).cast::<Span>();
+        // SAFETY: it has room for all, and those of accessible spans are accessible, valid and only
+        // shared (invariant 2). Numbers are only passed of spans that were taken, and so were made
+        // accessible before anybody could hear of them.
+        unsafe { Spans::new(table, &self.classes) }
+    }
+
+    /// Returns the address of the byte at `offset` in a span.
+    #[inline]
+    fn at(&self, number: u32, offset: u32) -> *mut u8 {
+        self.base.as_ptr().wrapping_add(number as usize * SPAN_BYTES + offset as usize)
+    }
+
+    /// Checks that the arena is whole. Nobody may be using it.
+    #[cfg(test)]
+    pub(super) fn check(&self) {
+        let committed = self.committed.load(Ordering::SeqCst);
+        let mut of_class = [0; CLASSES];
+        for number in self.parts.first..committed {
+            let Use::Class(class) = self.spans().span(number).usage() else { continue };
+            of_class[class] += 1;
+            assert!(self.runs().is_used(number), "span {number} has a class and is free");
+            let current = |shard: &Shard| shard.current[class].load(Ordering::SeqCst) == number;
+            let found = self.shards.iter().any(current) || self.spans().span(number).is_listed();
+            assert!(found || !self.spans().span(number).has_free(), "span {number} is forgotten");
+        }
+        for (class, &spans) in of_class.iter().enumerate() {
+            assert_eq!(self.classes[class].spans.load(Ordering::SeqCst), spans);
+        }
+        self.spans().check(self.parts.first..committed);
+        self.runs().check();
+    }
+
+    /// Returns the spans' bits.
+    fn runs(&self) -> Runs<'_> {
+        let words = self.bytes / SPAN_BYTES / u64::BITS as usize;
+        let bits = |offset: usize| {
+            let start = self.base.as_ptr().wrapping_add(offset).cast::<AtomicU64>();
+            // SAFETY: so many words are there, accessible and zero to begin with, and only accessed
+            // like this (invariant 2). They are aligned because the parts are.
+            unsafe { core::slice::from_raw_parts(start, words) }
+        };
+        Runs { used: bits(self.parts.used), dirty: bits(self.parts.dirty), summary: &self.runs }
+    }
+}
+
+/// Returns how many spans `bytes` bytes take; more than there are where that is no number.
+fn spans_of(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(SPAN_BYTES)).unwrap_or(u32::MAX)
+}
+
+/// Ends the process because the program has damaged its memory. Allocates nothing.
+#[cold]
+fn corrupted(what: &str) -> ! {
+    // SAFETY: if the program has closed it, or put another file there, then that is told, as with
+    // everything else that writes to the standard error.
+    let stderr = unsafe { BorrowedFd::borrow_raw(libc::STDERR_FILENO) };
+    // Where nobody can be told, the process ends all the same.
+    let _ = rustix::io::write(stderr, b"uhmm_linux::Allocator: ");
+    let _ = rustix::io::write(stderr, what.as_bytes());
+    std::process::abort()
+}
+
+/// Makes `bytes` bytes from `start`, rounded up to pages, accessible.
+///
+/// # Safety
+///
+/// They are within an arena.
+unsafe fn allow(start: *mut c_void, bytes: usize) -> Result<(), Errno> {
+    let access = MprotectFlags::READ | MprotectFlags::WRITE;
+    // SAFETY: the caller's contract: nobody relies on memory of an arena being inaccessible.
+    unsafe { rustix::mm::mprotect(start, bytes.next_multiple_of(PAGE_SIZE), access) }
+}
+
+/// Unmaps `bytes` bytes from `start`; nothing where `bytes` is 0.
+///
+/// # Safety
+///
+/// They are ours, and nobody uses them.
+unsafe fn unmap(start: *mut c_void, bytes: usize) -> Result<(), Errno> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    // SAFETY: the caller's contract.
+    unsafe { rustix::mm::munmap(start, bytes) }
+}

@@ -1,0 +1,174 @@
+//! Threads that serve, and what they stand on.
+//!
+//! A thread that serves faults must never wait for a fault itself. No signal handler of the program
+//! may run on it (it could touch anything), and its stack and its thread-local variables must never
+//! move to a device: [`spawn`] sees to the first, [`stack_of_this_thread`] and
+//! [`tls_of_this_thread`] tell what must stay.
+
+use std::io::Write;
+use std::mem::MaybeUninit;
+use std::thread::JoinHandle;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::process::Pid;
+use rustix::thread::CpuSet;
+use uhmm::PageRange;
+use uhmm::mmu_notifier::VaRange;
+
+/// How far around the thread pointer its variables are taken to be, in bytes.
+const TLS_BYTES: u64 = 64 << 10;
+
+/// The field of `/proc/self/task/TID/stat` with the processor that a thread last ran on, counted
+/// from the one after the name (proc_pid_stat(5), field 39).
+const PROCESSOR_FIELD: usize = 39 - 3;
+
+/// Starts a thread that no signal reaches: all are blocked from before its first instruction, except
+/// the two that the C library keeps for itself (`setuid` of another thread waits for one of them).
+///
+/// # Errors
+///
+/// What `pthread_create` or `pthread_sigmask` said, `EAGAIN` above all.
+pub(crate) fn spawn<T: Send + 'static>(
+    name: &str,
+    f: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>, Errno> {
+    // A thread begins with the signal mask of the one that makes it.
+    let before = SignalMask::block_all()?;
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(f);
+    drop(before);
+    thread.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))
+}
+
+/// The signal mask that a thread had; dropping it restores it.
+struct SignalMask(libc::sigset_t);
+
+impl SignalMask {
+    /// Blocks every signal that the C library lets a program block.
+    fn block_all() -> Result<SignalMask, Errno> {
+        let mut all = MaybeUninit::uninit();
+        // SAFETY: `sigfillset` initialises the set that it is given.
+        let filled = unsafe { libc::sigfillset(all.as_mut_ptr()) };
+        debug_assert_eq!(filled, 0, "sigfillset fails only for bad pointers");
+        let mut before = MaybeUninit::uninit();
+        // SAFETY: `all` was initialised above, and `before` is room for a set.
+        let outcome =
+            unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, all.as_ptr(), before.as_mut_ptr()) };
+        errno(outcome)?;
+        // SAFETY: on success `pthread_sigmask` has stored the mask that was.
+        Ok(SignalMask(unsafe { before.assume_init() }))
+    }
+}
+
+impl Drop for SignalMask {
+    fn drop(&mut self) {
+        // SAFETY: the set is one that `pthread_sigmask` has returned.
+        let restored =
+            unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, core::ptr::null_mut()) };
+        debug_assert_eq!(restored, 0, "pthread_sigmask fails only for bad arguments");
+    }
+}
+
+/// Returns the stack of the calling thread: all of what it may grow to, without the guard.
+///
+/// Of the main thread this is what `RLIMIT_STACK` allows now. The C library may allocate memory to
+/// find that out.
+///
+/// # Errors
+///
+/// What `pthread_getattr_np` said.
+pub(crate) fn stack_of_this_thread() -> Result<PageRange, Errno> {
+    let mut attributes = MaybeUninit::<libc::pthread_attr_t>::uninit();
+    // SAFETY: `pthread_self` has no conditions.
+    let this = unsafe { libc::pthread_self() };
+    // SAFETY: the thread is the calling one, so it lives, and `attributes` has room.
+    errno(unsafe { libc::pthread_getattr_np(this, attributes.as_mut_ptr()) })?;
+    let (mut start, mut bytes) = (core::ptr::null_mut(), 0);
+    // SAFETY: `attributes` was initialised by the call that succeeded.
+    let got =
+        unsafe { libc::pthread_attr_getstack(attributes.as_ptr(), &raw mut start, &raw mut bytes) };
+    // SAFETY: as above, and it is destroyed once.
+    let destroyed = unsafe { libc::pthread_attr_destroy(attributes.as_mut_ptr()) };
+    errno(got)?;
+    errno(destroyed)?;
+    covering(start.addr() as u64, bytes as u64).ok_or(Errno::RANGE)
+}
+
+/// Returns the 64 KiB on each side of the calling thread's thread pointer: its control block and its
+/// thread-local variables of the objects that were loaded when the program began. Those of objects
+/// loaded later are told by [`thread_local_segments`](super::objects::thread_local_segments).
+pub(crate) fn tls_of_this_thread() -> PageRange {
+    // SAFETY: `pthread_self` has no conditions.
+    let this = unsafe { libc::pthread_self() } as u64;
+    let first = this.saturating_sub(TLS_BYTES);
+    covering(first, 2 * TLS_BYTES).expect("a thread pointer is not at the top of the address space")
+}
+
+/// Returns the number of the calling thread, as the kernel counts threads.
+pub(crate) fn gettid() -> u32 {
+    rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs()
+}
+
+/// Lets thread `tid` of this process run on the processors `cpus` only.
+///
+/// # Errors
+///
+/// `ESRCH` if there is no such thread, `EINVAL` if none of the processors is there for this process
+/// or one is numbered 1024 or more.
+pub(crate) fn set_affinity(tid: u32, cpus: &[u32]) -> Result<(), Errno> {
+    let mut set = CpuSet::new();
+    for &cpu in cpus {
+        let cpu = usize::try_from(cpu).map_err(|_| Errno::INVAL)?;
+        if cpu >= CpuSet::MAX_CPU {
+            return Err(Errno::INVAL);
+        }
+        set.set(cpu);
+    }
+    let tid = i32::try_from(tid).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH)?;
+    rustix::thread::sched_setaffinity(Some(tid), &set)
+}
+
+/// Returns the processor that the calling thread runs on, or did a moment ago.
+pub(crate) fn getcpu() -> u32 {
+    u32::try_from(rustix::thread::sched_getcpu()).expect("processors are numbered by 32 bits")
+}
+
+/// Returns the processor that thread `tid` of this process last ran on. Allocates nothing.
+///
+/// # Errors
+///
+/// `ENOENT` or `ESRCH` if there is no such thread; `EIO` if `/proc` says something unheard of.
+pub(crate) fn processor_of(tid: u32) -> Result<u32, Errno> {
+    let mut path = [0_u8; 48];
+    let mut rest = &mut path[..];
+    write!(rest, "/proc/self/task/{tid}/stat").map_err(|_| Errno::NAMETOOLONG)?;
+    let length = path.iter().position(|&byte| byte == 0).unwrap_or(path.len());
+    let file = rustix::fs::open(&path[..length], OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    // The name in the second field is at most 64 bytes, each of the others a number.
+    let mut text = [0_u8; 2048];
+    let length = rustix::io::read(&file, &mut text)?;
+    processor_in(&text[..length]).ok_or(Errno::IO)
+}
+
+/// Finds the processor in the text of a `stat` file. The name, which may hold spaces and parentheses
+/// of its own, ends at the last parenthesis.
+fn processor_in(stat: &[u8]) -> Option<u32> {
+    let name_end = stat.iter().rposition(|&byte| byte == b')')?;
+    let fields = stat[name_end + 1..].split(|byte| byte.is_ascii_whitespace());
+    let field = fields.filter(|field| !field.is_empty()).nth(PROCESSOR_FIELD)?;
+    str::from_utf8(field).ok()?.parse().ok()
+}
+
+/// Returns the pages that hold any of `bytes` bytes at `address`.
+pub(super) fn covering(address: u64, bytes: u64) -> Option<PageRange> {
+    let last = address.checked_add(bytes.checked_sub(1)?)?;
+    VaRange::from_bounds(address, last).map(PageRange::covering)
+}
+
+/// Reads the outcome of a function of the C library that returns its error.
+pub(super) fn errno(outcome: i32) -> Result<(), Errno> {
+    if outcome == 0 { Ok(()) } else { Err(Errno::from_raw_os_error(outcome)) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,779 @@
+//! Every operation and every message, on the running kernel.
+
+use std::os::fd::{AsRawFd, IntoRawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use rustix::mm::{MapFlags, MremapFlags, ProtFlags};
+
+use super::super::advise;
+use super::super::testing::{
+    Cause, DEADLINE, Doing, Mapping, Reader, load, pointer, readable, register, start, store,
+    unmap, userfaultfd, waiting,
+};
+use super::*;
+use crate::sys::abi::UffdMsg;
+
+const MISSING: Modes = Modes::MISSING;
+const WAKE: MoveOptions = MoveOptions { wake: true, allow_holes: false };
+
+/// What an operation answers that did `pages` pages and then stopped.
+fn stopped(pages: u64, errno: Errno) -> Progress {
+    Progress { pages, result: Err(errno) }
+}
+
+/// What an operation answers that did everything.
+fn all(pages: u64) -> Progress {
+    Progress { pages, result: Ok(()) }
+}
+
+/// Maps shared memory.
+fn shared(pages: u64) -> Mapping {
+    Mapping::new(pages, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED)
+}
+
+fn all_events() -> Features {
+    Features::EVENT_REMAP | Features::EVENT_REMOVE | Features::EVENT_UNMAP
+}
+
+#[test]
+fn the_handshake_gives_what_is_wanted_and_what_comes_with_it() {
+    let Some(uffd) = userfaultfd(Features::WP_ASYNC | Features::THREAD_ID) else { return };
+    let got = Features::WP_ASYNC | Features::WP_UNPOPULATED | Features::THREAD_ID;
+    assert_eq!(uffd.features(), got);
+    let offered = Userfaultfd::offered(Faults::All).expect("a userfaultfd");
+    assert!(offered.contains(got));
+    let flags = rustix::fs::fcntl_getfl(&uffd).expect("a descriptor");
+    assert!(flags.contains(OFlags::NONBLOCK), "poll works on no other");
+    let flags = rustix::io::fcntl_getfd(&uffd).expect("a descriptor");
+    assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+    // What no kernel has is refused, not left out.
+    let unknown = Features::from_bits_retain(1 << 63);
+    assert_eq!(Userfaultfd::open(Faults::All, unknown).map(drop), Err(Errno::INVAL));
+}
+
+#[test]
+fn the_device_gives_the_same_as_the_system_call() {
+    let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    match create_by_device(flags) {
+        Ok(fd) => {
+            handshake(&fd, Features::EVENT_UNMAP).expect("it is a userfaultfd");
+            let flags = rustix::fs::fcntl_getfl(&fd).expect("a descriptor");
+            assert!(flags.contains(OFlags::NONBLOCK));
+        }
+        Err(errno @ (Errno::ACCESS | Errno::NOENT)) => eprintln!("NOT TESTED: {errno}"),
+        Err(errno) => panic!("/dev/userfaultfd: {errno}"),
+    }
+}
+
+#[test]
+fn for_faults_outside_the_kernel_system_calls_fail() {
+    let uffd = match Userfaultfd::open(Faults::UserModeOnly, Features::empty()) {
+        Ok(uffd) => uffd,
+        Err(errno) => panic!("everybody may: {errno}"),
+    };
+    let memory = Mapping::anonymous(1);
+    register(&uffd, &memory, MISSING);
+    assert_eq!(advise::populate_read(memory.range()), Err(Errno::FAULT));
+    let range = memory.range();
+    let loading = start(move || load(range.first()));
+    assert_eq!(Reader::new(&uffd).fault().0, memory.page(0));
+    assert_eq!(uffd.zeropage(range, true), all(1));
+    assert_eq!(loading.done(), 0);
+}
+
+#[test]
+fn registering_says_what_cannot_be() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let other = userfaultfd(Features::empty()).expect("a second one");
+    let memory = Mapping::anonymous(8);
+    register(&uffd, &memory, MISSING);
+    register(&uffd, &memory, MISSING | Modes::WP);
+    assert_eq!(other.register(memory.pages(3..4), MISSING), Err(Errno::BUSY));
+    assert_eq!(uffd.register(memory.range(), Modes::MINOR), Err(Errno::INVAL));
+
+    let file = std::fs::File::open("/proc/self/exe").expect("the program");
+    let mapped = Mapping::of(&file, 1, ProtFlags::READ, MapFlags::PRIVATE);
+    assert_eq!(uffd.register(mapped.range(), MISSING), Err(Errno::INVAL));
+    let asynchronous = userfaultfd(Features::WP_ASYNC).expect("Linux 6.7");
+    assert_eq!(asynchronous.register(mapped.range(), Modes::WP), Ok(()));
+
+    let hole = memory.pages(2..6);
+    unmap(hole);
+    assert_eq!(uffd.register(hole, MISSING), Err(Errno::INVAL), "there is nothing");
+    assert_eq!(uffd.register(memory.range(), MISSING), Ok(()), "there is something");
+    assert_eq!(uffd.register(PageRange::ALL, MISSING), Err(Errno::INVAL));
+}
+
+#[test]
+fn what_was_registered_is_registered_in_the_last_modes() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let memory = Mapping::anonymous(1);
+    register(&uffd, &memory, MISSING);
+    register(&uffd, &memory, Modes::WP);
+    // Were it still told of missing pages, this would wait for ever.
+    assert_eq!(start({ let page = memory.page(0); move || load(page) }).done(), 0);
+}
+
+#[test]
+fn a_fault_says_where_how_and_who() {
+    let Some(uffd) = userfaultfd(Features::THREAD_ID | Features::EXACT_ADDRESS) else { return };
+    let memory = Mapping::anonymous(2);
+    register(&uffd, &memory, MISSING);
+    let mut reader = Reader::new(&uffd);
+    for (index, write) in [(0, false), (1, true)] {
+        let page = memory.page(index);
+        let touching = start(move || {
+            let byte = pointer(page).cast::<u8>().wrapping_add(0x123);
+            match write {
+                // SAFETY: the byte is in the mapping.
+                true => unsafe { byte.write_volatile(7) },
+                // SAFETY: the byte is in the mapping.
+                false => assert_eq!(unsafe { byte.read_volatile() }, 0),
+            }
+            rustix::thread::gettid()
+        });
+        let Message::Fault { address, write: stores, wp, minor, thread } = reader.next() else {
+            panic!("no fault");
+        };
+        assert_eq!(address, page.address() + 0x123);
+        assert_eq!((stores, wp, minor), (write, false, false));
+        assert_eq!(uffd.zeropage(page.into(), true), all(1));
+        assert_eq!(touching.done().as_raw_nonzero().get().cast_unsigned(), thread);
+    }
+}
+
+#[test]
+fn without_asking_a_fault_says_the_page_and_nobody() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let memory = Mapping::anonymous(1);
+    register(&uffd, &memory, MISSING);
+    let page = memory.page(0);
+    // SAFETY: the byte is in the mapping.
+    let byte = move || unsafe { pointer(page).cast::<u8>().wrapping_add(0x123).read_volatile() };
+    let loading = start(byte);
+    let Message::Fault { address, thread, .. } = Reader::new(&uffd).next() else {
+        panic!("no fault");
+    };
+    assert_eq!((address, thread), (page.address(), 0));
+    assert_eq!(uffd.zeropage(page.into(), true), all(1));
+    assert_eq!(loading.done(), 0);
+}
+
+#[test]
+fn copy_fills_holes_only_and_says_how_far_it_came() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let (memory, from) = (Mapping::anonymous(4), Mapping::anonymous(4));
+    from.fill(|index| 100 + index);
+    register(&uffd, &memory, MISSING);
+    assert_eq!(uffd.copy(from.page(2), memory.pages(2..3), true), all(1));
+    assert_eq!(uffd.copy(from.page(0), memory.range(), true), stopped(2, Errno::AGAIN));
+    assert_eq!(uffd.copy(from.page(2), memory.pages(2..4), true), stopped(0, Errno::EXIST));
+    assert_eq!(uffd.copy(from.page(3), memory.pages(3..4), true), all(1));
+    assert_eq!([0, 1, 2, 3].map(|index| memory.load(index)), [100, 101, 102, 103]);
+
+    let elsewhere = Mapping::anonymous(1);
+    assert_eq!(uffd.copy(from.page(0), elsewhere.range(), true), stopped(0, Errno::NOENT));
+    unmap(from.pages(3..4));
+    advise::dontneed(memory.range()).expect("memory");
+    assert_eq!(uffd.copy(from.page(3), memory.pages(3..4), true), stopped(0, Errno::FAULT));
+    assert_eq!(uffd.copy(from.page(0), PageRange::ALL, true), stopped(0, Errno::INVAL));
+}
+
+#[test]
+fn copy_does_not_mind_protection() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let from = Mapping::anonymous(1);
+    from.store(0, 5);
+    let memory = Mapping::new(1, ProtFlags::empty(), MapFlags::PRIVATE);
+    register(&uffd, &memory, MISSING);
+    assert_eq!(uffd.copy(from.page(0), memory.range(), true), all(1));
+    super::super::testing::protect(memory.range(), rustix::mm::MprotectFlags::READ);
+    assert_eq!(memory.load(0), 5);
+}
+
+#[test]
+fn zeropage_fills_holes_only_and_says_how_far_it_came() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let memory = Mapping::anonymous(4);
+    memory.store(2, 9);
+    register(&uffd, &memory, MISSING);
+    assert_eq!(uffd.zeropage(memory.range(), true), stopped(2, Errno::AGAIN));
+    assert_eq!(uffd.zeropage(memory.pages(2..4), true), stopped(0, Errno::EXIST));
+    assert_eq!(uffd.zeropage(memory.pages(3..4), true), all(1));
+    assert_eq!([0, 1, 2, 3].map(|index| memory.load(index)), [0, 0, 9, 0]);
+    let elsewhere = Mapping::anonymous(1);
+    assert_eq!(uffd.zeropage(elsewhere.range(), true), stopped(0, Errno::NOENT));
+}
+
+#[test]
+fn move_takes_the_pages_away_and_says_how_far_it_came() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let (memory, staging) = (Mapping::anonymous(4), Mapping::anonymous(4));
+    memory.fill(|index| 100 + index);
+    register(&uffd, &memory, MISSING);
+    register(&uffd, &staging, MISSING);
+    assert_eq!(uffd.move_pages(memory.pages(2..3), staging.page(2), WAKE), all(1));
+
+    // The target is not free.
+    memory.range().iter().for_each(|page| {
+        let _ = uffd.zeropage(page.into(), true);
+    });
+    assert_eq!(uffd.move_pages(memory.range(), staging.page(0), WAKE), stopped(2, Errno::AGAIN));
+    let rest = memory.pages(2..4);
+    assert_eq!(uffd.move_pages(rest, staging.page(2), WAKE), stopped(0, Errno::EXIST));
+    assert_eq!(uffd.move_pages(memory.pages(3..4), staging.page(3), WAKE), all(1));
+    assert_eq!([0, 1, 2, 3].map(|index| staging.load(index)), [100, 101, 102, 103]);
+
+    // What was moved is missing: a thread that touches it waits.
+    let page = memory.page(1);
+    let loading = start(move || load(page));
+    assert_eq!(Reader::new(&uffd).fault(), (page, Cause::default()));
+    assert_eq!(uffd.move_pages(staging.pages(1..2), page, WAKE), all(1));
+    assert_eq!(loading.done(), 101);
+}
+
+#[test]
+fn move_passes_over_holes_if_it_may() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let (memory, staging) = (Mapping::anonymous(4), Mapping::anonymous(4));
+    register(&uffd, &memory, MISSING);
+    register(&uffd, &staging, MISSING);
+    let filled = |index: u64| uffd.zeropage(memory.pages(index..index + 1), true);
+    assert_eq!((filled(0), filled(3)), (all(1), all(1)));
+    let whole = memory.range();
+    assert_eq!(uffd.move_pages(whole, staging.page(0), WAKE), stopped(1, Errno::AGAIN));
+    let rest = memory.pages(1..4);
+    assert_eq!(uffd.move_pages(rest, staging.page(1), WAKE), stopped(0, Errno::NOENT));
+    let options = MoveOptions { allow_holes: true, ..WAKE };
+    assert_eq!(uffd.move_pages(rest, staging.page(1), options), all(3), "holes count");
+    assert_eq!((staging.load(0), staging.load(3)), (0, 0));
+}
+
+#[test]
+fn move_says_what_cannot_move() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let (memory, staging) = (Mapping::anonymous(1), Mapping::anonymous(1));
+    memory.store(0, 1);
+    let moved = || uffd.move_pages(memory.range(), staging.page(0), WAKE);
+    assert_eq!(moved(), stopped(0, Errno::INVAL), "the target is not registered");
+    register(&uffd, &staging, MISSING);
+    super::super::testing::protect(memory.range(), rustix::mm::MprotectFlags::READ);
+    assert_eq!(moved(), stopped(0, Errno::INVAL), "it cannot be written to");
+    let file = shared(1);
+    file.store(0, 2);
+    let from_shared = uffd.move_pages(file.range(), staging.page(0), WAKE);
+    assert_eq!(from_shared, stopped(0, Errno::INVAL), "it is shared");
+    let rights = rustix::mm::MprotectFlags::READ | rustix::mm::MprotectFlags::WRITE;
+    super::super::testing::protect(memory.range(), rights);
+    assert_eq!(moved(), all(1), "out of what is not registered it can");
+    assert_eq!(staging.load(0), 1);
+}
+
+#[test]
+fn a_huge_page_stays_one() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let (memory, staging) = (Mapping::huge(1), Mapping::huge(1));
+    advise::hugepage(memory.range()).expect("the kernel has huge pages");
+    memory.fill(|index| index);
+    register(&uffd, &staging, MISSING);
+    let pagemap = super::super::pagemap::Pagemap::open().expect("a pagemap");
+    let huge = |mapping: &Mapping| {
+        use super::super::pagemap::Categories;
+        let mut found = Vec::new();
+        let kinds = Categories::HUGE;
+        pagemap.scan(mapping.range(), kinds, kinds, &mut found).expect("a scan");
+        found.iter().map(|(range, _)| range.pages()).sum::<u64>()
+    };
+    let before = huge(&memory);
+    assert_eq!(uffd.move_pages(memory.range(), staging.page(0), WAKE), all(512));
+    assert_eq!(huge(&staging), before);
+    if before == 0 {
+        eprintln!("NOT TESTED: the kernel gave no huge page");
+    }
+    assert!((0..512).all(|index| staging.load(index) == index));
+}
+
+/// A thread that waits for page 0, and has been reported.
+fn waiter(uffd: &Userfaultfd, memory: &Mapping) -> Doing<u64> {
+    let page = memory.page(0);
+    let loading = start(move || load(page));
+    assert_eq!(Reader::new(uffd).fault().0, page);
+    assert_eq!(waiting(uffd), 1);
+    loading
+}
+
+/// A way to fill the first page of a mapping.
+type Fill<'a> = &'a dyn Fn(&Userfaultfd, &Mapping, bool) -> Progress;
+
+#[test]
+fn who_waits_is_woken_only_if_it_shall_be() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let from = Mapping::anonymous(2);
+    from.fill(|_| 3);
+    let copy: Fill<'_> = &|uffd, memory, wake| uffd.copy(from.page(0), memory.range(), wake);
+    let zero: Fill<'_> = &|uffd, memory, wake| uffd.zeropage(memory.range(), wake);
+    let moving: Fill<'_> = &|uffd, memory, wake| {
+        let options = MoveOptions { wake, allow_holes: false };
+        uffd.move_pages(from.pages(u64::from(wake)..u64::from(wake) + 1), memory.page(0), options)
+    };
+    for (fill, value) in [(copy, 3), (zero, 0), (moving, 3)] {
+        for wake in [true, false] {
+            let memory = Mapping::anonymous(1);
+            register(&uffd, &memory, MISSING);
+            let loading = waiter(&uffd, &memory);
+            assert_eq!(fill(&uffd, &memory, wake), all(1));
+            // The kernel takes those that it wakes off its list before it returns.
+            assert_eq!(waiting(&uffd), usize::from(!wake));
+            if !wake {
+                uffd.wake(memory.range()).expect("a range");
+                assert_eq!(waiting(&uffd), 0);
+            }
+            assert_eq!(loading.done(), value);
+        }
+    }
+}
+
+#[test]
+fn waking_without_the_page_lets_the_thread_wait_again() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let memory = Mapping::anonymous(1);
+    register(&uffd, &memory, MISSING);
+    let loading = waiter(&uffd, &memory);
+    uffd.wake(memory.range()).expect("a range");
+    assert_eq!(Reader::new(&uffd).fault().0, memory.page(0));
+    assert_eq!(uffd.zeropage(memory.range(), true), all(1));
+    assert_eq!(loading.done(), 0);
+    assert_eq!(uffd.wake(PageRange::ALL), Err(Errno::INVAL));
+}
+
+#[test]
+fn a_store_to_a_protected_page_waits() {
+    let Some(uffd) = userfaultfd(Features::PAGEFAULT_FLAG_WP) else { return };
+    for wake in [true, false] {
+        let memory = Mapping::anonymous(1);
+        memory.store(0, 1);
+        register(&uffd, &memory, Modes::WP);
+        uffd.write_protect(memory.range(), true, wake).expect("it is registered");
+        assert_eq!(memory.load(0), 1, "loads go on");
+        let page = memory.page(0);
+        let storing = start(move || store(page, 2));
+        let cause = Cause { write: true, wp: true, minor: false };
+        assert_eq!(Reader::new(&uffd).fault(), (page, cause));
+        assert_eq!(memory.load(0), 1);
+        uffd.write_protect(memory.range(), false, wake).expect("it is registered");
+        assert_eq!(waiting(&uffd), usize::from(!wake));
+        uffd.wake(memory.range()).expect("a range");
+        storing.done();
+        assert_eq!(memory.load(0), 2);
+    }
+    let elsewhere = Mapping::anonymous(1);
+    assert_eq!(uffd.write_protect(elsewhere.range(), true, true), Err(Errno::NOENT));
+}
+
+#[test]
+fn asynchronous_protection_is_resolved_by_the_kernel() {
+    let Some(uffd) = userfaultfd(Features::WP_ASYNC) else { return };
+    let memory = Mapping::anonymous(1);
+    memory.store(0, 1);
+    register(&uffd, &memory, Modes::WP);
+    uffd.write_protect(memory.range(), true, true).expect("it is registered");
+    memory.store(0, 2);
+    assert_eq!(memory.load(0), 2);
+    assert_eq!(uffd.read_now(&mut Messages::new()), Err(Errno::AGAIN), "nobody is told");
+}
+
+#[test]
+fn a_page_of_the_file_is_mapped_on_demand() {
+    let Some(uffd) = userfaultfd(Features::MINOR_SHMEM) else { return };
+    let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::NOEXEC_SEAL;
+    let file = rustix::fs::memfd_create(c"minor", flags).expect("a memfd");
+    rustix::fs::ftruncate(&file, 3 * 4096).expect("room");
+    let rights = ProtFlags::READ | ProtFlags::WRITE;
+    let writer = Mapping::of(&file, 3, rights, MapFlags::SHARED);
+    let reader = Mapping::of(&file, 3, rights, MapFlags::SHARED);
+    register(&uffd, &reader, Modes::MINOR);
+    writer.store(0, 8);
+    writer.store(1, 9);
+    for (index, wake) in [(0, true), (1, false)] {
+        let page = reader.page(index);
+        let loading = start(move || load(page));
+        let cause = Cause { minor: true, ..Cause::default() };
+        assert_eq!(Reader::new(&uffd).fault(), (page, cause));
+        assert_eq!(uffd.continue_(page.into(), wake), all(1));
+        assert_eq!(waiting(&uffd), usize::from(!wake));
+        uffd.wake(page.into()).expect("a range");
+        assert_eq!(loading.done(), 8 + index);
+    }
+    assert_eq!(uffd.continue_(reader.range(), true), stopped(0, Errno::EXIST));
+    assert_eq!(uffd.continue_(reader.pages(2..3), true), stopped(0, Errno::FAULT));
+}
+
+#[test]
+fn a_poisoned_page_fails() {
+    let Some(uffd) = userfaultfd(Features::POISON) else { return };
+    let memory = Mapping::anonymous(3);
+    memory.store(2, 1);
+    register(&uffd, &memory, MISSING);
+    // A system call, because a load would end the test.
+    let range = memory.pages(0..1);
+    let populating = start(move || advise::populate_read(range));
+    assert_eq!(Reader::new(&uffd).fault().0, range.first());
+    assert_eq!(uffd.poison(memory.range(), false), stopped(2, Errno::AGAIN));
+    assert_eq!(uffd.poison(memory.pages(2..3), true), stopped(0, Errno::EXIST));
+    assert_eq!(waiting(&uffd), 1);
+    uffd.wake(range).expect("a range");
+    assert_eq!(populating.done(), Err(Errno::HWPOISON));
+    advise::dontneed(range).expect("memory");
+    assert_eq!(uffd.poison(range, true), all(1), "it was missing again");
+}
+
+#[test]
+fn what_is_unregistered_reads_as_zeroes_and_nobody_sleeps_on() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let memory = Mapping::anonymous(1);
+    register(&uffd, &memory, MISSING);
+    let loading = waiter(&uffd, &memory);
+    uffd.unregister(memory.range()).expect("it is registered");
+    assert_eq!(waiting(&uffd), 0);
+    assert_eq!(loading.done(), 0);
+}
+
+/// The kernel loses a thread that faults while its range is being unregistered, unless it is woken
+/// once more. The two meet within a microsecond, so the test goes through the delays.
+#[test]
+fn a_fault_in_flight_survives_unregistering() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let memory = Mapping::anonymous(1);
+    let page = memory.page(0);
+    let round = Arc::new(AtomicU64::new(0));
+    // Release and Acquire: each pairs with the other side's; the page is what they hand over.
+    let wait_for = |round: &AtomicU64, value| {
+        let start = Instant::now();
+        while round.load(Ordering::Acquire) != value {
+            assert!(start.elapsed() < DEADLINE, "nobody sleeps on");
+            for _ in 0..10_000 {
+                if round.load(Ordering::Acquire) == value {
+                    return;
+                }
+                std::hint::spin_loop();
+            }
+            std::thread::yield_now();
+        }
+    };
+    const ROUNDS: u64 = 10_000;
+    let loading = start({
+        let round = round.clone();
+        move || {
+            for turn in 0..ROUNDS {
+                wait_for(&round, 2 * turn + 1);
+                assert_eq!(load(page), 0);
+                round.store(2 * turn + 2, Ordering::Release);
+            }
+        }
+    });
+    for turn in 0..ROUNDS {
+        register(&uffd, &memory, MISSING);
+        round.store(2 * turn + 1, Ordering::Release);
+        (0..turn % 40).for_each(|_| std::hint::spin_loop());
+        uffd.unregister(memory.range()).expect("it is registered");
+        wait_for(&round, 2 * turn + 2);
+        advise::dontneed(memory.range()).expect("memory");
+    }
+    loading.done();
+}
+
+#[test]
+fn unregistering_what_is_not_mapped_still_wakes() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let memory = Mapping::anonymous(2);
+    register(&uffd, &memory, MISSING);
+    // A system call, because a load would end the test.
+    let range = memory.pages(0..1);
+    let populating = start(move || advise::populate_read(range));
+    assert_eq!(Reader::new(&uffd).fault().0, range.first());
+    unmap(range);
+    assert_eq!(uffd.unregister(range), Err(Errno::INVAL));
+    assert_eq!(populating.done(), Err(Errno::NOMEM));
+}
+
+#[test]
+fn dropping_pages_is_told_before_it_happens() {
+    let memory = Mapping::anonymous(4);
+    let Some(uffd) = userfaultfd(all_events()) else { return };
+    memory.fill(|_| 1);
+    register(&uffd, &memory, MISSING);
+    let range = memory.pages(1..3);
+    let dropping = start(move || advise::dontneed(range));
+    assert!(readable(&uffd, DEADLINE));
+    assert_eq!(memory.load(1), 1, "the pages are still there");
+    assert!(matches!(Reader::new(&uffd).next(), Message::Remove(removed) if removed == range));
+    assert_eq!(dropping.done(), Ok(()));
+    assert_eq!(uffd.zeropage(range, true), all(2), "the pages are gone");
+}
+
+#[test]
+fn unmapping_is_told_after_it_happened() {
+    let memory = Mapping::anonymous(4);
+    let Some(uffd) = userfaultfd(all_events()) else { return };
+    memory.fill(|_| 1);
+    register(&uffd, &memory, MISSING);
+    let range = memory.pages(1..3);
+    let unmapping = start(move || unmap(range));
+    assert!(readable(&uffd, DEADLINE));
+    assert_eq!(advise::populate_read(range), Err(Errno::NOMEM), "nothing is mapped there");
+    assert!(matches!(Reader::new(&uffd).next(), Message::Unmap(gone) if gone == range));
+    unmapping.done();
+}
+
+/// Moves a mapping with mremap(2), to a length of `pages`.
+fn remap(from: PageRange, to: PageRange, pages: u64, flags: MremapFlags) {
+    let old = from.len() * 4096;
+    let (new, at) = (pages as usize * 4096, pointer(to.first()));
+    // SAFETY: both ranges are the test's, which has no references into them.
+    let moved = unsafe { rustix::mm::mremap_fixed(pointer(from.first()), old, new, flags, at) };
+    moved.expect("it can be moved");
+}
+
+#[test]
+fn remapping_is_told_with_the_old_length_and_then_as_unmapping() {
+    let (memory, place) = (Mapping::anonymous(2), Mapping::anonymous(4));
+    let Some(uffd) = userfaultfd(all_events()) else { return };
+    memory.store(0, 7);
+    register(&uffd, &memory, MISSING);
+    let (from, to) = (memory.into_range(), place.range());
+    let moving = start(move || remap(from, to, 4, MremapFlags::MAYMOVE));
+    let mut reader = Reader::new(&uffd);
+    let remapped = reader.next();
+    let Message::Remap { from: old, to: new } = remapped else { panic!("{remapped:?}") };
+    assert_eq!((old, new), (from, to.first()));
+    assert!(matches!(reader.next(), Message::Unmap(gone) if gone == from));
+    moving.done();
+    assert_eq!(place.load(0), 7);
+    // What was registered still is, and what it grew by is too.
+    assert_eq!(uffd.zeropage(place.pages(1..4), true), all(3));
+}
+
+#[test]
+fn remapping_that_leaves_the_old_mapping_is_told_once() {
+    let (memory, place) = (Mapping::anonymous(2), Mapping::anonymous(2));
+    let Some(uffd) = userfaultfd(all_events()) else { return };
+    register(&uffd, &memory, MISSING);
+    let (from, to) = (memory.range(), place.range());
+    let flags = MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP;
+    let moving = start(move || remap(from, to, 2, flags));
+    assert!(matches!(Reader::new(&uffd).next(), Message::Remap { to: new, .. } if new == to.first()));
+    moving.done();
+    assert_eq!(uffd.read_now(&mut Messages::new()), Err(Errno::AGAIN));
+}
+
+/// mremap(2) from a length of 0: an event of which the kernel says no length.
+#[test]
+fn a_second_mapping_of_shared_memory_is_told_without_a_length() {
+    let memory = shared(2);
+    let Some(uffd) = userfaultfd(all_events() | Features::WP_ASYNC) else { return };
+    memory.store(1, 6);
+    register(&uffd, &memory, Modes::WP);
+    let first = memory.page(0);
+    let doubling = start(move || {
+        let flags = MremapFlags::MAYMOVE;
+        // SAFETY: the kernel chooses the place, which nobody has.
+        unsafe { rustix::mm::mremap(pointer(first), 0, 2 * 4096, flags) }
+            .expect("shared memory can be")
+            .expose_provenance() as u64
+    });
+    let message = Reader::new(&uffd).next();
+    let Message::Duplicate { of, at } = message else { panic!("{message:?}") };
+    let second = Mapping::at(doubling.done(), 2 * 4096);
+    assert_eq!((of, at), (first, second.page(0)));
+    assert_eq!(second.load(1), 6);
+    // It is registered as the first one is.
+    uffd.write_protect(second.range(), true, true).expect("it is registered");
+    drop(uffd);
+}
+
+/// Forks. The child runs `child` and exits with what it returns; the parent gets its number.
+///
+/// It is the bare system call: of the C library's own nothing may run in the child of a program
+/// with threads, and the hooks of `pthread_atfork` are none of this test's.
+fn fork(child: impl FnOnce() -> i32) -> rustix::process::Pid {
+    // SAFETY: the child calls nothing but `child`, which loads, and `_exit`.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+    if pid == 0 {
+        let code = child();
+        // SAFETY: it ends the child.
+        unsafe { libc::_exit(code) };
+    }
+    rustix::process::Pid::from_raw(pid as i32).expect("a child")
+}
+
+#[test]
+fn a_fork_is_told_with_the_descriptor_of_the_child() {
+    let wanted = all_events() | Features::EVENT_FORK;
+    let (memory, from) = (Mapping::anonymous(2), Mapping::anonymous(1));
+    let Some(uffd) = userfaultfd(wanted) else { return };
+    memory.store(0, 11);
+    from.store(0, 31);
+    register(&uffd, &memory, MISSING);
+    let (there, missing) = (memory.page(0), memory.page(1));
+    let forking = start(move || fork(move || (load(there) + load(missing)) as i32));
+    let message = Reader::new(&uffd).next();
+    let Message::Fork(child) = message else { panic!("{message:?}") };
+    assert_eq!(child.features(), wanted);
+    let flags = rustix::io::fcntl_getfd(&child).expect("a descriptor");
+    assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+    let pid = forking.done();
+
+    // The child's fault comes to its own descriptor, and the parent can answer by a copy only.
+    assert_eq!(Reader::new(&child).fault().0, missing);
+    let moved = child.move_pages(from.range(), missing, WAKE);
+    assert_eq!(moved, stopped(0, Errno::INVAL));
+    assert_eq!(child.copy(from.page(0), missing.into(), true), all(1));
+    let status = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+    let (_, status) = status.expect("a child").expect("it has ended");
+    assert_eq!(status.exit_status(), Some(42));
+    assert_eq!(uffd.zeropage(missing.into(), true), all(1), "the parent's is still missing");
+}
+
+#[test]
+fn a_descriptor_in_a_message_that_nobody_takes_is_closed() {
+    let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
+    let fd = writer.into_raw_fd() as u32;
+    let message =
+        UffdMsg { event: abi::UFFD_EVENT_FORK, words: [fd.into(), 0, 0], ..UffdMsg::default() };
+    // SAFETY: the message owns the descriptor.
+    let mut messages = unsafe { Messages::of(message) };
+    assert_eq!(messages.len(), 1);
+    let open = Err(Errno::AGAIN);
+    rustix::io::ioctl_fionbio(&reader, true).expect("a pipe");
+    assert_eq!(rustix::io::read(&reader, &mut [0]), open);
+    let Some(Message::Fork(child)) = messages.take() else { panic!("it is one") };
+    assert_eq!(child.as_fd().as_raw_fd() as u32, fd);
+    drop(messages);
+    assert_eq!(rustix::io::read(&reader, &mut [0]), open, "it is the child's now");
+
+    let fd = child.fd.into_raw_fd() as u32;
+    let message = UffdMsg { words: [fd.into(), 0, 0], ..message };
+    // SAFETY: the message owns the descriptor.
+    drop(unsafe { Messages::of(message) });
+    assert_eq!(rustix::io::read(&reader, &mut [0]), Ok(0), "nobody has it any more");
+}
+
+#[test]
+fn nothing_can_be_done_while_the_address_space_changes() {
+    let (memory, from) = (Mapping::anonymous(4), Mapping::anonymous(1));
+    let Some(uffd) = userfaultfd(all_events()) else { return };
+    from.store(0, 1);
+    register(&uffd, &memory, MISSING | Modes::WP);
+    assert!(!uffd.changing());
+    let (range, other) = (memory.pages(2..4), memory.pages(0..1));
+    let dropping = start(move || advise::dontneed(range));
+    assert!(readable(&uffd, DEADLINE));
+    assert!(uffd.changing());
+    let again = stopped(0, Errno::AGAIN);
+    assert_eq!(uffd.copy(from.page(0), other, true), again);
+    assert_eq!(uffd.zeropage(other, true), again);
+    assert_eq!(uffd.move_pages(from.range(), other.first(), WAKE), again);
+    assert_eq!(uffd.continue_(other, true), again);
+    assert_eq!(uffd.poison(other, true), again);
+    assert_eq!(uffd.write_protect(other, true, true), Err(Errno::AGAIN));
+    assert!(uffd.changing(), "to ask changes nothing");
+    let mut messages = Messages::new();
+    assert_eq!(uffd.read_now(&mut messages), Ok(1));
+    assert_eq!(dropping.done(), Ok(()));
+    // The caller has returned, so the change is over.
+    assert!(!uffd.changing());
+    assert_eq!(uffd.zeropage(other, true), all(1));
+}
+
+/// The time between the read of an event and its caller's waking up is a part of the change.
+#[test]
+fn a_change_is_over_once_its_caller_has_woken_up() {
+    let memory = Mapping::anonymous(1);
+    let Some(uffd) = userfaultfd(all_events()) else { return };
+    register(&uffd, &memory, MISSING);
+    let mut reader = Reader::new(&uffd);
+    for _ in 0..100 {
+        let range = memory.range();
+        let dropping = start(move || advise::dontneed(range));
+        assert!(matches!(reader.next(), Message::Remove(_)));
+        let start = Instant::now();
+        while uffd.changing() {
+            assert!(start.elapsed() < DEADLINE, "it comes to an end");
+            std::thread::yield_now();
+        }
+        assert_eq!(dropping.done(), Ok(()));
+    }
+}
+
+#[test]
+fn one_read_brings_what_there_is_up_to_the_capacity() {
+    let memory = Mapping::anonymous(20);
+    let Some(uffd) = userfaultfd(all_events()) else { return };
+    register(&uffd, &memory, MISSING);
+    let touch = |page| start(move || load(page));
+    let mut loading: Vec<Doing<u64>> = memory.range().iter().map(touch).collect();
+    let start = Instant::now();
+    while waiting(&uffd) < 20 {
+        assert!(start.elapsed() < DEADLINE, "all of them come to wait");
+        std::thread::yield_now();
+    }
+    let mut messages = Messages::new();
+    assert_eq!(uffd.read(&mut messages), Ok(Messages::CAPACITY));
+    let mut pages: Vec<Page> = Vec::new();
+    let mut collect = |messages: &mut Messages| {
+        for message in messages.drain() {
+            let Message::Fault { address, .. } = message else { panic!("{message:?}") };
+            pages.push(Page::containing(address));
+        }
+    };
+    collect(&mut messages);
+    assert!(messages.is_empty());
+    assert_eq!(uffd.read(&mut messages), Ok(4));
+    collect(&mut messages);
+    pages.sort();
+    assert_eq!(pages, memory.range().iter().collect::<Vec<_>>(), "each once");
+    assert_eq!(uffd.read_now(&mut messages), Err(Errno::AGAIN));
+    assert!(messages.is_empty());
+    assert_eq!(uffd.zeropage(memory.range(), true), all(20));
+    loading.drain(..).for_each(|thread| assert_eq!(thread.done(), 0));
+}
+
+#[test]
+fn a_read_waits_and_a_wait_can_be_stopped() {
+    let Some(uffd) = userfaultfd(Features::empty()) else { return };
+    let uffd = Arc::new(uffd);
+    let memory = Mapping::anonymous(1);
+    register(&uffd, &memory, MISSING);
+    let reading = start({
+        let uffd = uffd.clone();
+        move || {
+            let mut messages = Messages::new();
+            (uffd.read(&mut messages), messages.take().map(|message| matches!(message, Message::Fault { .. })))
+        }
+    });
+    let page = memory.page(0);
+    let loading = start(move || load(page));
+    assert_eq!(reading.done(), (Ok(1), Some(true)));
+    assert_eq!(uffd.zeropage(page.into(), true), all(1));
+    assert_eq!(loading.done(), 0);
+
+    let stop = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).expect("an eventfd");
+    let stop = Arc::new(stop);
+    let stopping = start({
+        let (uffd, stop) = (uffd.clone(), stop.clone());
+        move || uffd.wait(Some(stop.as_fd()))
+    });
+    rustix::io::write(&*stop, &1u64.to_ne_bytes()).expect("an eventfd");
+    assert_eq!(stopping.done(), Ok(false));
+    // If both can be read, the message comes first.
+    let memory = Mapping::anonymous(1);
+    register(&uffd, &memory, MISSING);
+    let page = memory.page(0);
+    let loading = start(move || load(page));
+    assert!(readable(&*uffd, DEADLINE));
+    assert_eq!(uffd.wait(Some(stop.as_fd())), Ok(true));
+    assert_eq!(uffd.zeropage(page.into(), true), all(1));
+    assert_eq!(loading.done(), 0);
+}
