@@ -74,12 +74,22 @@ pub struct ProcessStatistics {
     pub retries: u64,
     /// Accesses of devices to mappings that were gone.
     pub stale_accesses: u64,
+    /// Those on pages that were not away, which were filled with zeroes.
+    pub zero_fills: u64,
     /// Pages that came home because the process forked.
     pub fork_overrun: u64,
     /// Children made without the C library's `fork` while pages were away.
     pub unforeseen_forks: u64,
     /// Pages that had to be kept back for want of memory, once for each time.
     pub parked: u64,
+    /// Pages that could not be brought home for so long that whoever touched one got SIGBUS. Their
+    /// contents are still where they were.
+    pub poisoned: u64,
+    /// Pages of our own memory that are in use: for pages between the program and a device, in host
+    /// memory, held exclusively, or parked.
+    pub staging: u64,
+    /// Pages of our own address space that could not be made usable again.
+    pub lost_staging: u64,
     /// Pages that were dropped because the program had put something else in their place.
     pub replaced: u64,
 }
@@ -173,11 +183,16 @@ impl Process {
         let counters = &self.space.counters;
         // Relaxed: each count is a number by itself.
         let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let (staging, lost_staging) = self.space.staging_use();
         ProcessStatistics {
+            staging,
+            lost_staging,
+            poisoned: read(&counters.poisoned),
             faults: read(&counters.faults),
             events: read(&counters.events),
             retries: read(&counters.retries),
             stale_accesses: read(&counters.stale_accesses),
+            zero_fills: read(&counters.zero_fills),
             fork_overrun: read(&counters.fork_overrun),
             unforeseen_forks: read(&counters.unforeseen_forks),
             parked: read(&counters.parked),

@@ -416,7 +416,7 @@ fn named(name: &str) -> Option<PageRange> {
 fn what_is_the_kernels_own_is_denied() {
     in_own_process(|| {
         silently(|process, gpu| {
-            for name in ["[vdso]", "[vvar]", "[vsyscall]"] {
+            for name in ["[vdso]", "[vvar]"] {
                 let Some(range) = named(name) else {
                     common::loudly(&format!("there is no {name} here: it was not tested"));
                     continue;

@@ -8,6 +8,11 @@
 //! a block that is cut is freed piece by piece. There is no count beside it that could disagree
 //! (regressions 43, 56).
 //!
+//! A device's memory may be system memory. Then a block may be the very memory that a page was in
+//! before: [adopted](DeviceMemory::adopt), not allocated. From the commit of its migration on there is
+//! no difference; until then the memory is the isolation's, and the block, which is dropped before
+//! the isolation ends, stands for nothing but the intention.
+//!
 //! The pagemap knows each block in use only by its place in the device and by the [`ReverseMap`] that
 //! knows the page in it. Eviction starts from there, and never looks at an address space
 //! (acceptance X09). No block refers to a mirror, so none has to be visited when one closes

@@ -1630,6 +1630,123 @@ fn a_misuse_panics_unless_it_is_to_be_counted() {
     backend(&process).memory().write(stale, 0, &[1]);
 }
 
+// Memory of the machine that is a device's.
+
+fn registered(memory: Arc<dyn DeviceMemory>) -> Arc<DevicePagemap> {
+    DevicePagemap::register_with(memory, PagemapOptions::new().policies(Policies::none()))
+}
+
+/// The page has the same memory all along, and nobody reaches it but who may.
+#[test]
+fn host_memory_that_is_used_by_who_does_not_have_it_is_detected() {
+    let machine = Machine::with(MachineOptions::new().count_violations());
+    let process = process_on(&machine);
+    let (host, memory) = (machine.host_memory(4), backend(&process).memory());
+    let pagemap = registered(host.clone());
+    let in_system = frame(&process, 0);
+    let mut bytes = [0; 8];
+    let mut seen = 0;
+    let mut detected = |what: &str| {
+        seen += 1;
+        let violations = machine.violations();
+        assert_eq!(violations.len(), seen, "{what}: {violations:?}");
+        assert!(violations[seen - 1].contains(what), "{violations:?}");
+    };
+    let migration = process.address_space().migrate(range(0, 1), &pagemap).copy();
+    host.read(DeviceFrame(in_system.0), 0, &mut bytes);
+    detected("a Host's read of frame");
+    assert_eq!(migration.commit().moved, 1);
+    memory.write(in_system, 0, &[9]);
+    detected("a Device's write to frame");
+    let Residency::Device(at) = entry(&process, 0).residency else { panic!("it has moved") };
+    host.read(at.frame, 0, &mut bytes);
+    assert_eq!(u64::from_ne_bytes(bytes), 1);
+    host.write(at.frame, 0, &2_u64.to_ne_bytes());
+    assert_eq!(process.load_u64(address(0)), Ok(2));
+    assert_ne!(frame(&process, 0), in_system);
+    host.write(at.frame, 0, &[9]);
+    detected("which is free");
+    memory.write(in_system, 0, &[9]);
+    detected("which is free");
+    assert_eq!(process.load_u64(address(0)), Ok(2));
+    process.exit();
+    assert_eq!((machine.frames(), pagemap.used()), (0, 0));
+}
+
+#[test]
+fn host_memory_counts_against_the_machine_and_its_own_size() {
+    let machine = Machine::with(MachineOptions::new().system_pages(5));
+    let process = process_on(&machine);
+    let host = machine.host_memory(3);
+    let (first, second) = (registered(host.clone()), registered(host));
+    assert_eq!((first.limit(), machine.frames()), (3, 4));
+    assert_eq!(process.address_space().migrate(range(0, 2), &first).run().moved, 2);
+    // Page 4 was never touched: it takes the machine's last frame.
+    assert_eq!(process.address_space().migrate(range(4, 1), &second).run().moved, 1);
+    assert_eq!(machine.frames(), 5);
+    // Two devices have one memory, which is full, and what the second could evict is little.
+    let report = process.address_space().migrate(range(2, 2), &second).run();
+    assert_eq!((report.moved, report.reason(page(3))), (1, Some(StayReason::OutOfDeviceMemory)));
+    assert_eq!(machine.check(), Ok(()));
+    assert_values(&process, 0..4);
+    end(process);
+    assert_eq!((first.used(), second.used()), (0, 0));
+}
+
+/// Who begins with the block of a page on its way home, and is put back, still has it.
+#[test]
+fn a_way_home_in_place_that_is_given_up_changes_nothing() {
+    let machine = Machine::new();
+    let process = process_on(&machine);
+    let pagemap = registered(machine.host_memory(4));
+    assert_eq!(process.address_space().migrate(range(0, 2), &pagemap).run().moved, 2);
+    let before = [entry(&process, 0), entry(&process, 1)];
+    let select = Select::Device(pagemap.owner());
+    for placements in [None, Some(vec![Placement::Home, Placement::Back])] {
+        let mut isolation = backend(&process).isolate(range(0, 2), select);
+        for index in 0..2 {
+            let block = isolation.block(index).expect("it is on a device");
+            let place = block.in_place(&*isolation.memory());
+            let home = isolation.allocate_home(index).expect("it takes no memory");
+            assert_eq!((Some(home), isolation.allocate_home(index)), (place, Ok(home)));
+        }
+        assert_eq!((machine.frames(), machine.check()), (4, Ok(())));
+        let Some(placements) = placements else {
+            drop(isolation);
+            assert_eq!([entry(&process, 0), entry(&process, 1)], before);
+            continue;
+        };
+        assert_eq!(isolation.commit(placements), [Committed::Placed; 2]);
+    }
+    assert_eq!(entry(&process, 1), before[1]);
+    assert!(matches!(entry(&process, 0).residency, Residency::System(_)));
+    assert_eq!((machine.check(), pagemap.used()), (Ok(()), 1));
+    assert_values(&process, 0..2);
+    end(process);
+}
+
+#[test]
+fn a_large_page_that_a_device_has_in_place_is_split_on_its_way_home() {
+    let machine = Machine::new();
+    let process = huge_process(&machine);
+    let pagemap = registered(machine.host_memory(512));
+    let space = process.address_space();
+    assert_eq!(space.migrate(range(0, 512), &pagemap).run().without_copy, 512);
+    let select = Select::Device(pagemap.owner());
+    let mut isolation = backend(&process).isolate(range(0, 512), select);
+    let whole = isolation.allocate_home(0).expect("it takes no memory");
+    isolation.split(0).expect("nothing says that it may not");
+    let pieces = (0..512).map(|index| isolation.allocate_home(index).expect("nor does a piece"));
+    assert!(pieces.eq((whole.0..whole.0 + 512).map(Frame)));
+    let mut placements: Vec<_> = (0..512).map(|_| Placement::Home).collect();
+    placements[7] = Placement::Back;
+    isolation.commit(placements);
+    assert_eq!((machine.check(), pagemap.used(), machine.frames()), (Ok(()), 1, 512));
+    assert_values(&process, [0, 7, 511]);
+    end(process);
+    assert_eq!(pagemap.used(), 0);
+}
+
 #[test]
 fn a_large_page_is_filled_where_there_is_room_and_single_pages_where_there_is_not() {
     let machine = Machine::with(MachineOptions::new().system_pages(513));

@@ -9,6 +9,7 @@ use uhmm::{Access, DevicePagemap, FaultError, Order, Page, PageRange};
 
 use super::Space;
 use super::state::{IsolationId, Place, State};
+use crate::sys::maps::Kind;
 
 /// How long a sleeper here goes without a look whether it was woken for nothing.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -192,6 +193,8 @@ impl Space {
                 // The mapping is of a kind that nobody but the CPUs may use.
                 _ => denied(Access::None),
             },
+            // None of the pages that were set aside is left.
+            Errno::FAULT if vma.kind == Kind::Hugetlb => FaultError::OutOfMemory { page },
             // Beyond the end of a file, or a guard.
             Errno::FAULT if !vma.is_anonymous() => FaultError::EndOfFile { page },
             Errno::FAULT => denied(Access::None),

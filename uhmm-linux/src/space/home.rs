@@ -77,6 +77,8 @@ impl Space {
     fn drain_for_retry(&self, state: &mut State) {
         count(&self.counters.retries, 1);
         self.drain(state);
+        // Where it was no event, somebody is about to let go of a page.
+        std::thread::yield_now();
     }
 
     /// Puts one extent back, as far as it goes: how many pages, and what stopped it.
@@ -211,7 +213,6 @@ impl Space {
         }
         let parked = refused.iter().map(|(_, order, _)| order.pages()).sum();
         count(&self.counters.parked, parked);
-        tracing::warn!(target: "uhmm", pages = parked, "no memory for pages to come home to");
         parked
     }
 

@@ -78,10 +78,16 @@ impl ProcessIsolation {
 
     /// Takes a block that has just left the page table, or was never in it.
     pub(super) fn take(&mut self, state: &mut State, page: Page, order: Order, contents: Contents) {
+        let token = self.enter_transit(state, page, order);
+        self.enter(token, page, order, contents);
+    }
+
+    /// Enters a block as in transit that is still in the page table, and returns its name.
+    pub(super) fn enter_transit(&mut self, state: &mut State, page: Page, order: Order) -> Token {
         let (isolation, token) = (self.id(state), state.token());
         let place = Place::Transit { isolation, token, offset: 0 };
         state.insert(page, Extent { order, place });
-        self.enter(token, page, order, contents);
+        token
     }
 
     /// Takes the block of a device that the extent at `first` leads to.
@@ -94,7 +100,8 @@ impl ProcessIsolation {
         }
     }
 
-    fn enter(&mut self, token: Token, page: Page, order: Order, contents: Contents) {
+    /// Takes what is in transit by this name.
+    pub(super) fn enter(&mut self, token: Token, page: Page, order: Order, contents: Contents) {
         let source = match &contents {
             Contents::Zero => Source::Zero,
             Contents::Staged(block) => Source::System(block.frame()),

@@ -132,6 +132,8 @@ counters! {
     unforeseen_forks,
     /// Pages of ours that are kept since there was no memory to put them in.
     parked,
+    /// Pages that could not be brought home, so that who touched them got a signal.
+    poisoned,
     /// Pages dropped since the program put something else in their place.
     replaced,
 }
@@ -155,8 +157,12 @@ impl Space {
         let buffers = Pool::buffers(parts.staging_bytes, MIN_STAGING)?;
         let mut state = State::new();
         state.managed = parts.managed.map(|ranges| ranges.into_iter().map(state::numbers).collect());
-        for range in reserved::of_process().into_iter().chain([staging.range(), buffers.range()]) {
+        for range in reserved::loaded_objects() {
             state.reserved.insert(state::numbers(range));
+        }
+        for range in reserved::arena().into_iter().chain([staging.range(), buffers.range()]) {
+            state.reserved.insert(state::numbers(range));
+            state.own.insert(state::numbers(range));
         }
         let mark = ForkMark::new()?;
         let servers = Servers::new()?;

@@ -37,6 +37,8 @@ use crate::sys::userfaultfd::Modes;
 pub(super) struct Pool {
     region: Region,
     buddy: Mutex<Buddy>,
+    /// How many pages could not be made empty, and are not given out any more.
+    lost: AtomicU64,
     kind: Kind,
 }
 
@@ -84,7 +86,7 @@ impl Pool {
 
     fn new(region: Region, kind: Kind) -> Arc<Pool> {
         let buddy = Mutex::new(Buddy::new(region.range()));
-        Arc::new(Pool { region, buddy, kind })
+        Arc::new(Pool { region, buddy, lost: AtomicU64::new(0), kind })
     }
 
     /// Returns where it is.
@@ -97,9 +99,12 @@ impl Pool {
         matches!(self.kind, Kind::Staging { .. })
     }
 
-    /// Returns how many pages are in use.
-    pub(super) fn used(&self) -> u64 {
-        lock(&self.buddy).used()
+    /// Returns how many pages are in use, and how many are lost.
+    pub(super) fn used(&self) -> (u64, u64) {
+        let used = lock(&self.buddy).used();
+        // Relaxed: as in `lose`.
+        let lost = self.lost.load(Ordering::Relaxed);
+        (used - lost, lost)
     }
 
     /// Takes a block.
@@ -207,10 +212,14 @@ impl Pool {
                 if !self.is_occupied(range) {
                     return Ok(());
                 }
-                kernel.unregister(range)?;
-                let zapped = self.region.zap(range);
-                kernel.register(range, Modes::MISSING)?;
-                zapped?;
+                if kernel.uffd().is_retired() {
+                    self.region.zap(range)?;
+                } else {
+                    kernel.unregister(range)?;
+                    let zapped = self.region.zap(range);
+                    kernel.register(range, Modes::MISSING)?;
+                    zapped?;
+                }
                 self.empty(range);
             }
             // Small ones stay warm: the next page to come home is written over this one.
@@ -220,6 +229,12 @@ impl Pool {
         Ok(())
     }
 
+    /// Counts pages that are not given out any more.
+    fn lose(&self, pages: u64) {
+        // Relaxed: a number by itself.
+        self.lost.fetch_add(pages, Ordering::Relaxed);
+    }
+
     /// How many pages of a buffer may keep their memory for the next to use it.
     const WARM: u64 = 8;
 }
@@ -227,6 +242,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         if let Kind::Staging { kernel, .. } = &self.kind
+            && !kernel.uffd().is_retired()
             && let Err(error) = kernel.uffd().unregister(self.range())
         {
             // To unmap it registered would be an event that nobody reads.
@@ -299,10 +315,7 @@ impl Drop for PoolBlock {
         match pool.drop_contents(self.range()) {
             Ok(()) => lock(&pool.buddy).free(self.first, self.order),
             // The block is not given out again: nobody knows what a touch of it would do.
-            Err(error) => {
-                let range = self.range();
-                tracing::warn!(target: "uhmm", %range, %error, "a block of staging is lost");
-            }
+            Err(_) => pool.lose(self.order.pages()),
         }
     }
 }

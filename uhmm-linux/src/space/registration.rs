@@ -76,6 +76,13 @@ impl Space {
         if at < wanted.end {
             gaps.push(at..wanted.end);
         }
+        // A missing page of what servers use would be a fault of theirs, on them; and an event for what
+        // they free would be one that they sleep for.
+        let never = match how {
+            Registered::Missing => &state.reserved,
+            Registered::Watched => &state.own,
+        };
+        let gaps: Vec<_> = gaps.iter().flat_map(|gap| never.gaps(gap)).collect();
         for gap in gaps {
             if state.registered.len() >= self.max_registrations {
                 return Err(Errno::NOMEM);
@@ -84,6 +91,12 @@ impl Space {
             state.registered.insert(gap, how);
         }
         Ok(())
+    }
+
+    /// Returns how many pages of staging and buffers are in use, and how many are lost.
+    pub(crate) fn staging_use(&self) -> (u64, u64) {
+        let (staging, buffers) = (self.staging.used(), self.buffers.used());
+        (staging.0 + buffers.0, staging.1 + buffers.1)
     }
 
     /// Takes a block of staging.
@@ -110,6 +123,29 @@ impl Space {
         at >= wanted.end
     }
 
+    /// Sees to it that a missing page of `range`, where nothing is out, is no fault of ours.
+    pub(super) fn release_range(&self, state: &mut State, range: PageRange) -> Result<(), Errno> {
+        let whole = numbers(range);
+        let missing = |(piece, &how): (&std::ops::Range<u64>, &Registered)| {
+            let part = piece.start.max(whole.start)..piece.end.min(whole.end);
+            (how == Registered::Missing).then_some(part)
+        };
+        let pieces: Vec<_> = state.registered.overlapping(whole.clone()).filter_map(missing).collect();
+        for piece in pieces {
+            let part = range_of(piece.clone());
+            if state.watched.overlaps(&piece) {
+                self.kernel.register(part, Modes::WP)?;
+                state.registered.insert(piece, Registered::Watched);
+                // Whoever slept for a page of it finds the kernel in charge again.
+                self.wake(part);
+            } else {
+                self.kernel.unregister(part)?;
+                state.registered.remove(piece);
+            }
+        }
+        Ok(())
+    }
+
     /// Gives up the registration of chunks that have nothing out. Where one cannot be given up it
     /// stays: that costs time and no contents.
     pub(super) fn sweep(&self, state: &mut State) {
@@ -123,34 +159,14 @@ impl Space {
         if !state.is_chunk_empty(chunk) {
             return false;
         }
-        let pages = numbers(chunk_range(chunk));
-        let missing = |(piece, &how): (&std::ops::Range<u64>, &Registered)| {
-            let part = piece.start.max(pages.start)..piece.end.min(pages.end);
-            (how == Registered::Missing).then_some(part)
-        };
-        let pieces: Vec<_> = state.registered.overlapping(pages.clone()).filter_map(missing).collect();
-        let mut released = !pieces.is_empty();
-        for piece in pieces {
-            let range = range_of(piece.clone());
-            let watched = state.watched.overlaps(&piece);
-            let result = match watched {
-                // Whoever sleeps for a page of it is woken by the caller, or had been served.
-                true => self.kernel.register(range, Modes::WP).map(|()| self.wake(range)),
-                false => self.kernel.unregister(range),
-            };
-            match result {
-                Ok(()) if watched => state.registered.insert(piece, Registered::Watched),
-                Ok(()) => state.registered.remove(piece),
-                Err(_) => {
-                    state.emptied.insert(chunk);
-                    released = false;
-                }
-            }
-            if !released {
-                break;
-            }
+        let range = chunk_range(chunk);
+        let registered = state.registered.overlapping(numbers(range));
+        let any = registered.into_iter().any(|(_, &how)| how == Registered::Missing);
+        let released = self.release_range(state, range).is_ok();
+        if !released {
+            state.emptied.insert(chunk);
         }
-        released
+        any && released
     }
 
     /// Drops what is present of the ranges that the program is discarding.
@@ -215,8 +231,8 @@ impl Space {
     }
 }
 
-/// Tells whether the kernel tells of every change to `range`.
+/// Tells whether the kernel tells of every change to `range` that there can be.
 pub(super) fn is_registered(state: &State, range: PageRange) -> bool {
     let whole = numbers(range);
-    state.registered.gaps(&whole).next().is_none()
+    state.registered.gaps(&whole).all(|gap| state.own.gaps(&gap).next().is_none())
 }

@@ -8,23 +8,27 @@
 
 use std::cell::Cell;
 
-use uhmm::PageRange;
+use uhmm::{PageRange, SpaceId};
 
 use super::Space;
 use super::state::numbers;
 use crate::sys::{allocator, objects, thread};
 
 thread_local! {
-    /// The space that this thread's stack is reserved in, as the address of it.
-    static RESERVED_IN: Cell<usize> = const { Cell::new(0) };
+    /// The space that this thread's stack is reserved in.
+    static RESERVED_IN: Cell<Option<SpaceId>> = const { Cell::new(None) };
 }
 
-/// Returns what is reserved whatever threads there are.
-pub(super) fn of_process() -> Vec<PageRange> {
+/// Returns where the loaded objects are, with their static data.
+pub(super) fn loaded_objects() -> Vec<PageRange> {
     let mut ranges = objects::segments();
     ranges.extend(objects::thread_local_segments());
-    ranges.extend(allocator::range());
     ranges
+}
+
+/// Returns the arena that Rust code allocates from, where there is one. It is never unmapped.
+pub(super) fn arena() -> Option<PageRange> {
+    allocator::range()
 }
 
 impl Space {
@@ -38,23 +42,37 @@ impl Space {
     /// Reserves the stack of the calling thread, the first time that it calls in. What is out of it
     /// by then comes home when it is touched, which is before any lock is taken.
     pub(crate) fn reserve_this_thread(&self) {
-        let this = std::ptr::from_ref(self).addr();
-        if RESERVED_IN.get() == this {
+        if RESERVED_IN.get() == Some(self.id) {
             return;
         }
         // The C library may allocate for this, and read a file: no lock is held.
         let stack = thread::stack_of_this_thread().ok();
-        let ranges = [stack, Some(thread::tls_of_this_thread())];
-        let out: Vec<PageRange> = {
-            let mut state = self.lock();
-            ranges.iter().flatten().for_each(|&range| state.reserved.insert(numbers(range)));
-            let out = ranges.iter().flatten().flat_map(|&range| state.overlapping(range));
-            out.map(|(first, extent)| first.block(extent.order)).collect()
-        };
-        RESERVED_IN.set(this);
-        for range in out {
+        for range in stack.into_iter().chain([thread::tls_of_this_thread()]) {
+            self.reserve(range);
+        }
+        RESERVED_IN.set(Some(self.id));
+    }
+
+    /// Keeps `range` from moving, and brings home what of it has.
+    fn reserve(&self, range: PageRange) {
+        self.lock().reserved.insert(numbers(range));
+        loop {
+            let out = {
+                let mut state = self.lock();
+                let out = state.overlapping(range).next().map(|(first, extent)| {
+                    first.block(extent.order).intersection(range).expect("they overlap")
+                });
+                match out {
+                    // From now on a page of it that is not there is the kernel's affair. If it will
+                    // not be, the range stays registered, and holes in it are served.
+                    None => return drop(self.release_range(&mut state, range)),
+                    Some(out) => out,
+                }
+            };
             // An ordinary touch, with nothing held.
-            let _ = self.kernel.populate(range, false);
+            if self.kernel.populate(out, false).is_err() {
+                return;
+            }
         }
     }
 }

@@ -244,7 +244,7 @@ impl Space {
             return;
         }
         match self.kernel.zeropage(range).result {
-            Ok(()) => {}
+            Ok(()) => count(&self.counters.zero_fills, 1),
             Err(Errno::AGAIN) => {
                 self.drain(state);
                 state.faults.push_back(fault);
@@ -263,7 +263,7 @@ impl Space {
             return;
         }
         let Fault { page, .. } = fault;
-        tracing::error!(target: "uhmm", %page, "cannot be brought home: who touches it gets SIGBUS");
+        count(&self.counters.poisoned, 1);
         let poisoned = self.kernel.uffd().poison(page.into(), true);
         if poisoned.result.is_err() {
             self.wake(page.into());
@@ -356,6 +356,7 @@ impl Space {
             }
             std::thread::sleep(PAUSE);
         }
+        self.stop_servers();
         let mut state = self.lock();
         self.read_messages(&mut state);
         let registered: Vec<_> = state.registered.iter().map(|(range, _)| range.clone()).collect();
@@ -365,8 +366,11 @@ impl Space {
         }
         state.registered = rangemap::RangeMap::new();
         drop(state);
+        // From here on the kernel has nobody to wait for.
+        if let Err(error) = self.kernel.uffd().retire(self.servers.stop.as_fd()) {
+            fatal("the userfaultfd cannot be closed", error);
+        }
         self.settle();
-        self.stop_servers();
         crate::process::detached();
     }
 

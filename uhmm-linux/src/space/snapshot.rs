@@ -1,9 +1,10 @@
 //! Looking at the page table.
 
+use rangemap::RangeSet;
 use uhmm::{Access, DeviceFrame, DeviceLocation, Frame, Order, PageEntry, PageRange, Residency};
 
 use super::Space;
-use super::state::{Place, State, chunk_of, chunk_range};
+use super::state::{Place, State, chunk_of, chunk_range, numbers, range_of};
 use crate::sys::maps::{Kind, Vma};
 use crate::sys::pagemap::Categories;
 
@@ -95,9 +96,18 @@ impl Space {
         if super::registration::is_registered(&state, piece) {
             return Watched::Before;
         }
+        let managed = |ranges: &RangeSet<u64>| ranges.gaps(&numbers(piece)).next().is_none();
+        if state.over || !state.managed.as_ref().is_none_or(managed) {
+            return Watched::Never;
+        }
         let first = chunk_range(chunk_of(piece.first())).first().max(vma.range.first());
         let last = chunk_range(chunk_of(piece.last())).last().min(vma.range.last());
-        let range = PageRange::from_bounds(first, last).expect("it holds the piece");
+        let mut range = PageRange::from_bounds(first, last).expect("it holds the piece");
+        if let Some(managed) = &state.managed
+            && let Some(around) = managed.get(&piece.first().number())
+        {
+            range = range_of(around.clone()).intersection(range).expect("it holds the piece");
+        }
         match self.watch(&mut state, range) {
             Ok(()) => Watched::Now,
             Err(_) => Watched::Never,

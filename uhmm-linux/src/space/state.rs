@@ -115,6 +115,8 @@ pub(super) struct State {
     pub(super) doubtful: RangeSet<u64>,
     /// Memory that serving a fault may need, and that therefore never moves.
     pub(super) reserved: RangeSet<u64>,
+    /// Our own part of that, which never changes either, so that nobody need be told of changes.
+    pub(super) own: RangeSet<u64>,
     /// What may move, if not everything.
     pub(super) managed: Option<RangeSet<u64>>,
     pub(super) isolations: BTreeMap<IsolationId, IsolationState>,
@@ -154,6 +156,7 @@ impl State {
             watched: RangeSet::new(),
             doubtful: RangeSet::new(),
             reserved: RangeSet::new(),
+            own: RangeSet::new(),
             managed: None,
             isolations: BTreeMap::new(),
             waiting: BTreeMap::new(),

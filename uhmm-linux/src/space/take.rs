@@ -8,7 +8,7 @@ use uhmm::{Access, DeviceLocation, Order, Page, PageRange, StayReason};
 
 use super::isolation::{Contents, ProcessIsolation};
 use super::pool::{PoolBlock, aligned_blocks};
-use super::state::{CHUNK, Place, State, numbers, range_of};
+use super::state::{CHUNK, Place, State, Token, numbers, range_of};
 use super::{Space, count};
 use crate::sys::maps::Vma;
 use crate::sys::pagemap::Categories;
@@ -20,13 +20,25 @@ pub(super) struct Candidate {
     pub(super) mapping: PageRange,
 }
 
-/// How pages of a block that was to be taken came out.
-enum Run {
-    /// They are in the block of staging.
-    Moved(PageRange),
-    /// There are none.
-    Zero(PageRange),
+/// Pages of a block that was to be taken, and how they came out.
+struct Run {
+    pages: PageRange,
+    fate: Fate,
 }
+
+#[derive(Clone, Copy)]
+enum Fate {
+    /// They are in the block of staging.
+    Moved,
+    /// There are none: they are zeroes.
+    Zero,
+    /// They have to be made the program's own first.
+    Shared,
+    Stayed(StayReason),
+}
+
+/// How often the kernel may put off to move a block before it stays.
+const TRIES: u32 = 1000;
 
 impl Space {
     /// Does what [`Backend::isolate`](uhmm::Backend::isolate) says of pages in system memory.
@@ -224,6 +236,9 @@ impl Space {
     }
 
     /// Takes a block that has nothing out.
+    ///
+    /// It is entered as in transit before anything of it moves, so that an event which is read in
+    /// the middle finds what has moved already.
     fn take_block(
         &self,
         state: &mut State,
@@ -237,47 +252,88 @@ impl Space {
             isolation.stay(pages, StayReason::OutOfSystemMemory);
             return;
         };
+        let token = isolation.enter_transit(state, first, order);
         let mut runs: SmallVec<[Run; 1]> = SmallVec::new();
-        self.move_out(state, isolation, pages, &staged, &mut runs, shared);
-        if let [Run::Moved(moved)] = runs[..]
-            && moved == pages
-        {
-            isolation.take(state, first, order, Contents::Staged(staged));
+        let undisturbed = self.move_out(state, token, pages, &staged, &mut runs);
+        if undisturbed && matches!(runs[..], [Run { fate: Fate::Moved, .. }]) {
+            isolation.enter(token, first, order, Contents::Staged(staged));
             return;
         }
-        let at = |page: Page| {
-            let offset = page.number() - first.number();
-            staged.first().checked_add(offset).expect("within the block")
-        };
-        let blocks = |run: &Run| match *run {
-            Run::Moved(run) => aligned_blocks(run).collect::<Vec<_>>(),
-            Run::Zero(_) => Vec::new(),
-        };
-        let moved: Vec<(Page, Order)> = runs.iter().flat_map(blocks).collect();
-        let parts: Vec<_> = moved.iter().map(|&(page, order)| (at(page), order)).collect();
-        let staged = staged.cut(&parts);
-        for ((page, order), block) in moved.into_iter().zip(staged) {
-            isolation.take(state, page, order, Contents::Staged(block));
-        }
-        for run in runs {
-            if let Run::Zero(run) = run {
-                for (page, order) in aligned_blocks(run) {
-                    isolation.take(state, page, order, Contents::Zero);
-                }
+        for run in &runs {
+            match run.fate {
+                Fate::Stayed(reason) => isolation.stay(run.pages, reason),
+                Fate::Shared => run.pages.iter().for_each(&mut *shared),
+                Fate::Moved | Fate::Zero => {}
             }
         }
+        self.take_runs(state, isolation, token, pages, staged, &runs);
     }
 
-    /// Moves pages to staging, as far as the kernel moves them.
-    fn move_out(
+    /// Takes what of a block came out, in as many pieces as that takes.
+    fn take_runs(
         &self,
         state: &mut State,
         isolation: &mut ProcessIsolation,
+        token: Token,
+        pages: PageRange,
+        staged: PoolBlock,
+        runs: &[Run],
+    ) {
+        let parts = state.of_token(token);
+        for &(first, ..) in &parts {
+            drop(state.remove(first));
+        }
+        // Each piece by its first page now, its first page before, and its order.
+        let mut moved: Vec<(Page, Page, Order)> = Vec::new();
+        let mut zero: Vec<(Page, Order)> = Vec::new();
+        for (now, order, offset) in parts {
+            let before = pages.first().checked_add(offset).expect("within the block");
+            let part = PageRange::from_pages(before, order.pages()).expect("within the block");
+            let shift = |page: Page| {
+                now.checked_add(page.number() - before.number()).expect("within the mapping")
+            };
+            for run in runs {
+                let Some(run_part) = run.pages.intersection(part) else { continue };
+                let same_place = now == before;
+                let pieces = aligned_blocks(run_part).flat_map(|(page, order)| {
+                    let step = if same_place { order } else { Order::PAGE };
+                    page.block(order).blocks(step).map(move |piece| (piece.first(), step))
+                });
+                match run.fate {
+                    Fate::Moved => moved.extend(pieces.map(|(page, order)| (shift(page), page, order))),
+                    Fate::Zero => zero.extend(pieces.map(|(page, order)| (shift(page), order))),
+                    Fate::Stayed(_) | Fate::Shared => {}
+                }
+            }
+        }
+        moved.sort_by_key(|&(_, before, _)| before);
+        let at = |page: Page| {
+            let offset = page.number() - pages.first().number();
+            staged.first().checked_add(offset).expect("within the block")
+        };
+        // What has moved and is not mapped any more is dropped with the rest of the block.
+        let cut: Vec<_> = moved.iter().map(|&(_, before, order)| (at(before), order)).collect();
+        let blocks = staged.cut(&cut);
+        for ((page, _, order), block) in moved.into_iter().zip(blocks) {
+            isolation.take(state, page, order, Contents::Staged(block));
+        }
+        for (page, order) in zero {
+            isolation.take(state, page, order, Contents::Zero);
+        }
+    }
+
+    /// Moves pages to staging, as far as the kernel moves them, and says what became of each. Tells
+    /// whether they are all where they were.
+    fn move_out(
+        &self,
+        state: &mut State,
+        token: Token,
         pages: PageRange,
         staged: &PoolBlock,
         runs: &mut SmallVec<[Run; 1]>,
-        shared: &mut dyn FnMut(Page),
-    ) {
+    ) -> bool {
+        let mut undisturbed = true;
+        let mut tries = 0;
         let mut next = Some(pages.first());
         while let Some(rest) = next.and_then(|page| PageRange::from_bounds(page, pages.last())) {
             let offset = rest.first().number() - pages.first().number();
@@ -285,54 +341,39 @@ impl Space {
             let progress = self.kernel.move_out(rest, target);
             if progress.pages > 0 {
                 let moved = PageRange::from_pages(rest.first(), progress.pages);
-                runs.push(Run::Moved(moved.expect("some were moved")));
                 let filled = PageRange::from_pages(target, progress.pages);
+                runs.push(Run { pages: moved.expect("some were moved"), fate: Fate::Moved });
                 self.staging.fill(filled.expect("some were moved"));
                 next = rest.first().checked_add(progress.pages);
-                if progress.result.is_err() {
-                    continue;
-                }
-                break;
+                continue;
             }
-            let page = rest.first();
-            match progress.result {
+            let page = PageRange::from(rest.first());
+            let (done, fate) = match progress.result {
                 Ok(()) => break,
                 Err(Errno::AGAIN) => {
                     count(&self.counters.retries, 1);
+                    tries += 1;
                     let epoch = state.epoch;
                     self.drain(state);
-                    // An event may have changed what is mapped here, and what is out.
-                    if state.epoch != epoch && !self.is_as_it_was(state, rest) {
-                        isolation.stay(rest, StayReason::Changed);
-                        break;
+                    undisturbed &= state.epoch == epoch || is_whole(state, token, pages);
+                    if undisturbed && tries < TRIES && self.is_registered_missing(state, rest) {
+                        std::thread::yield_now();
+                        continue;
                     }
-                    continue;
+                    // What is mapped here now was not what was to be taken; or is busy.
+                    (rest, Fate::Stayed(StayReason::Changed))
                 }
-                Err(Errno::NOENT) => {
-                    let run = self.absent(rest);
-                    next = run.last().checked_add(1);
-                    runs.push(Run::Zero(run));
-                    continue;
-                }
-                Err(Errno::BUSY) => shared(page),
-                Err(Errno::INVAL) => {
-                    // Of all that the kernel refuses this way, only this is not told by the mapping.
-                    isolation.stay(rest, StayReason::Locked);
-                    break;
-                }
-                Err(Errno::NOMEM) => isolation.stay(page.into(), StayReason::OutOfSystemMemory),
-                Err(_) => isolation.stay(page.into(), StayReason::Changed),
-            }
-            next = page.checked_add(1);
+                Err(Errno::NOENT) => (self.absent(rest), Fate::Zero),
+                Err(Errno::BUSY) => (page, Fate::Shared),
+                // Of all that the kernel refuses this way, only this is not told by the mapping.
+                Err(Errno::INVAL) => (rest, Fate::Stayed(StayReason::Locked)),
+                Err(Errno::NOMEM) => (page, Fate::Stayed(StayReason::OutOfSystemMemory)),
+                Err(_) => (page, Fate::Stayed(StayReason::Changed)),
+            };
+            runs.push(Run { pages: done, fate });
+            next = done.last().checked_add(1);
         }
-    }
-
-    fn is_as_it_was(&self, state: &State, pages: PageRange) -> bool {
-        let whole = numbers(pages);
-        self.is_registered_missing(state, pages)
-            && state.overlapping(pages).next().is_none()
-            && !state.doubtful.overlaps(&whole)
-            && !state.reserved.overlaps(&whole)
+        undisturbed
     }
 
     /// Returns the pages from the first of `rest` on that are not there. The first is not.
@@ -453,6 +494,11 @@ fn stay_before(isolation: &mut ProcessIsolation, from: Option<Page>, to: Page) {
     {
         isolation.stay(gap, StayReason::Elsewhere);
     }
+}
+
+/// Tells whether a block that is in transit is where it was, in one piece.
+fn is_whole(state: &State, token: Token, pages: PageRange) -> bool {
+    matches!(state.of_token(token)[..], [(first, order, 0)] if first.block(order) == pages)
 }
 
 /// Says why pages of a mapping do not move, if they do not.

@@ -2,11 +2,11 @@
 //!
 //! [`populate_read`] and [`populate_write`] are how a device's fault becomes a fault of the
 //! process: the kernel does what it would for a load or a store, and answers with an error where a
-//! thread would get a signal. As measured on 6.18:
+//! thread would get a signal. It stops at the first page that it cannot have. As measured on 6.18:
 //!
 //! | range | to read | to write |
 //! | --- | --- | --- |
-//! | nothing is mapped in a part of it | ENOMEM; the rest is populated | the same |
+//! | nothing is mapped in a part of it | ENOMEM | ENOMEM |
 //! | `PROT_NONE` | EINVAL | EINVAL |
 //! | may be read and not written | | EINVAL |
 //! | may be written and not read | EINVAL | |

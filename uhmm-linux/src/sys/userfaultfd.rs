@@ -17,8 +17,9 @@
 //! ioctl_userfaultfd(2), and `Documentation/admin-guide/mm/userfaultfd.rst` of the kernel.
 
 use std::ffi::c_void;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bitflags::bitflags;
 use rustix::event::{PollFd, PollFlags};
@@ -109,6 +110,8 @@ pub(crate) enum Faults {
 pub(crate) struct Userfaultfd {
     fd: OwnedFd,
     features: Features,
+    /// Whether the descriptor has been given another meaning.
+    retired: AtomicBool,
 }
 
 /// How [`Userfaultfd::move_pages`] moves.
@@ -148,7 +151,7 @@ impl Userfaultfd {
             true => Features::WP_UNPOPULATED,
             false => Features::empty(),
         };
-        Ok(Userfaultfd { fd, features: wanted | implied })
+        Ok(Userfaultfd { fd, features: wanted | implied, retired: AtomicBool::new(false) })
     }
 
     /// Returns what the kernel can do, permitted or not.
@@ -163,13 +166,36 @@ impl Userfaultfd {
 
     /// Takes over the descriptor of a [`Message::Fork`]; the child has its parent's features.
     fn of_child(fd: OwnedFd, features: Features) -> Userfaultfd {
-        Userfaultfd { fd, features }
+        Userfaultfd { fd, features, retired: AtomicBool::new(false) }
     }
 
     /// Returns what the userfaultfd does.
     #[inline]
     pub(crate) fn features(&self) -> Features {
         self.features
+    }
+
+    /// Closes the userfaultfd as its drop would, while others still refer to it: its ranges are
+    /// unregistered, and whoever waits goes on. Whatever it is asked from now on fails with ENOTTY.
+    ///
+    /// The descriptor is not free until the drop, so that none of those who still have it can meet
+    /// another file there: it is that of `instead` meanwhile. This cannot run out of anything.
+    pub(crate) fn retire(&self, instead: BorrowedFd<'_>) -> Result<(), Errno> {
+        // SAFETY: the descriptor is ours, and stays open: it only refers to another file.
+        let replaced =
+            unsafe { libc::dup3(instead.as_raw_fd(), self.fd.as_raw_fd(), libc::O_CLOEXEC) };
+        if replaced < 0 {
+            return Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO));
+        }
+        // SeqCst, like the load: whoever sees it leaves the kernel alone, whoever does not gets ENOTTY.
+        self.retired.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Tells whether it has been [retired](Userfaultfd::retire).
+    #[inline]
+    pub(crate) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::SeqCst)
     }
 
     /// Asks for reports of faults in what is mapped in `range`, and of its changes. What was

@@ -38,12 +38,17 @@ pub(crate) fn holdings() -> Holdings {
 
 impl Holdings {
     /// Says what there is more or less of than before; an empty text if nothing. Mappings count only
-    /// if they are registered: what an allocator keeps is its own affair.
+    /// if they are registered and were not: what an allocator keeps is its own affair, and a child
+    /// has what its parent registered until the parent lets go of it.
     pub(crate) fn difference(&self, before: &Holdings) -> String {
         let mut report = String::new();
         compare("descriptors", &before.descriptors, &self.descriptors, &mut report);
         compare("threads", &before.threads, &self.threads, &mut report);
-        compare("registered mappings", &before.registered, &self.registered, &mut report);
+        let new = |line: &&String| !before.registered.contains(line);
+        let new: Vec<_> = self.registered.iter().filter(new).collect();
+        if !new.is_empty() {
+            report += &format!("registered mappings: new {new:?}\n");
+        }
         report
     }
 }

@@ -217,6 +217,10 @@ impl Arena {
     #[inline]
     pub(super) unsafe fn free(&self, offset: usize, layout: Layout, shard: usize) {
         let number = (offset / SPAN_BYTES) as u32;
+        // Relaxed: who knows of an object has heard of it from somebody for whom it was accessible.
+        if number >= self.committed.load(Ordering::Relaxed) {
+            corrupted("freed memory that was not allocated\n");
+        }
         match self.spans().span(number).usage() {
             Use::Class(class) => {
                 let object = ALL[class].object_at((offset % SPAN_BYTES) as u32);

@@ -3,7 +3,7 @@
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::mm::{MapFlags, MremapFlags, ProtFlags};
 
@@ -441,47 +441,58 @@ fn what_is_unregistered_reads_as_zeroes_and_nobody_sleeps_on() {
 }
 
 /// The kernel loses a thread that faults while its range is being unregistered, unless it is woken
-/// once more. The two meet within a microsecond, so the test goes through the delays.
+/// once more. The two meet within a microsecond, so the test goes through the delays, as often as
+/// it can in its time.
 #[test]
 fn a_fault_in_flight_survives_unregistering() {
+    const TIME: Duration = Duration::from_secs(2);
+    const END: u64 = u64::MAX;
     let Some(uffd) = userfaultfd(Features::empty()) else { return };
     let memory = Mapping::anonymous(1);
     let page = memory.page(0);
+    // Odd from when the thread is to load the page until it has done so.
     let round = Arc::new(AtomicU64::new(0));
-    // Release and Acquire: each pairs with the other side's; the page is what they hand over.
-    let wait_for = |round: &AtomicU64, value| {
-        let start = Instant::now();
-        while round.load(Ordering::Acquire) != value {
-            assert!(start.elapsed() < DEADLINE, "nobody sleeps on");
-            for _ in 0..10_000 {
-                if round.load(Ordering::Acquire) == value {
-                    return;
-                }
-                std::hint::spin_loop();
-            }
-            std::thread::yield_now();
-        }
-    };
-    const ROUNDS: u64 = 10_000;
     let loading = start({
         let round = round.clone();
         move || {
-            for turn in 0..ROUNDS {
-                wait_for(&round, 2 * turn + 1);
+            for turn in (1..).step_by(2) {
+                if await_round(&round, turn) == END {
+                    break;
+                }
                 assert_eq!(load(page), 0);
-                round.store(2 * turn + 2, Ordering::Release);
+                round.store(turn + 1, Ordering::Release);
             }
         }
     });
-    for turn in 0..ROUNDS {
+    let start = Instant::now();
+    for turn in (1..).step_by(2) {
+        if start.elapsed() > TIME {
+            break;
+        }
         register(&uffd, &memory, MISSING);
-        round.store(2 * turn + 1, Ordering::Release);
-        (0..turn % 40).for_each(|_| std::hint::spin_loop());
+        round.store(turn, Ordering::Release);
+        (0..turn / 2 % 20).for_each(|_| std::hint::spin_loop());
         uffd.unregister(memory.range()).expect("it is registered");
-        wait_for(&round, 2 * turn + 2);
+        await_round(&round, turn + 1);
         advise::dontneed(memory.range()).expect("memory");
     }
+    round.store(END, Ordering::Release);
     loading.done();
+}
+
+/// Waits until a counter has come to `value`, spinning so as to go on at once. Acquire, against
+/// the Release of whoever counts: what it did to the page comes before.
+fn await_round(round: &AtomicU64, value: u64) -> u64 {
+    let start = Instant::now();
+    while start.elapsed() < DEADLINE {
+        for _ in 0..10_000 {
+            match round.load(Ordering::Acquire) {
+                now if now >= value => return now,
+                _ => std::hint::spin_loop(),
+            }
+        }
+    }
+    panic!("nobody sleeps on");
 }
 
 #[test]

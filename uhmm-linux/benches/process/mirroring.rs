@@ -1,0 +1,172 @@
+//! What it costs that a device mirrors memory: faults, looks, holds, and what the program does to
+//! what is mirrored.
+
+use uhmm::{Order, PageRange, RangeFault};
+
+use super::bare::{Handler, Memory, Pagemap, Uffd, Wait};
+use super::device::Trivial;
+use super::rig::Rig;
+use super::rounds::{Effort, Side, row, table, take_turns, time};
+
+const HUGE: usize = Order::HUGE.pages() as usize;
+
+pub(crate) fn run(effort: &Effort) {
+    cold_faults(effort);
+    looks(effort);
+    holds(effort);
+    changes(effort);
+}
+
+/// A device faults on pages that were never touched.
+fn cold_faults(effort: &Effort) {
+    table("range_fault of pages that were never touched, for each page");
+    let many = if effort.quick { HUGE } else { 32 * HUGE };
+    for (name, pages, longer) in [("one page", 1, 1), ("2 MiB", HUGE, 1), ("64 MiB", many, 2)] {
+        let rig = Rig::new(1);
+        let (memory, bare) = (Memory::new(pages), Memory::new(pages));
+        let (range, bare_range) = (memory.range(), bare.range());
+        let mirror = rig.process.mirror(&Trivial::new(0), range).expect("it lives");
+        let times = if pages == 1 { effort.samples } else { 1 };
+        let cold = |memory: &Memory, run: &dyn Fn()| {
+            let mut sum = 0.0;
+            for _ in 0..times {
+                memory.discard(memory.range());
+                sum += time(run).0;
+            }
+            sum / (times * pages) as f64
+        };
+        let fault = |request: RangeFault<'_>| _ = mirror.range_fault(&request).expect("all can be had");
+        let series = take_turns(effort.rounds_of(longer), vec![
+            Side::new(format!("{name}, for writing"), || {
+                cold(&memory, &|| fault(RangeFault::write(range)))
+            }),
+            Side::new("MADV_POPULATE_WRITE", || {
+                cold(&bare, &|| bare.populate(bare_range, true))
+            }),
+            Side::new(format!("{name}, for reading"), || {
+                cold(&memory, &|| fault(RangeFault::read(range)))
+            }),
+            Side::new("MADV_POPULATE_READ", || {
+                cold(&bare, &|| bare.populate(bare_range, false))
+            }),
+        ]);
+        row(&series[0], &[&series[1]], Some(1.25));
+        row(&series[2], &[&series[3]], Some(1.25));
+    }
+}
+
+/// Snapshots, and faults on what is there.
+fn looks(effort: &Effort) {
+    table("Looking at pages that are there");
+    let rig = Rig::new(1);
+    let pagemap = Pagemap::open();
+    for pages in [1, HUGE, if effort.quick { HUGE } else { 32 * HUGE }] {
+        let memory = Memory::new(pages);
+        memory.fill();
+        let range = memory.range();
+        let mirror = rig.process.mirror(&Trivial::new(0), range).expect("it lives");
+        mirror.range_fault(&RangeFault::write(range)).expect("all can be had");
+        let times = (HUGE / pages).clamp(1, effort.samples);
+        let mean = |run: &dyn Fn()| {
+            let (taken, ()) = time(|| (0..times).for_each(|_| run()));
+            taken / times as f64
+        };
+        let series = take_turns(effort.rounds, vec![
+            Side::new(format!("snapshot of {pages}"), || {
+                mean(&|| assert_eq!(rig.process.snapshot(range).len(), pages))
+            }),
+            Side::new("PAGEMAP_SCAN", || {
+                mean(&|| assert_eq!(pagemap.present(range), pages as u64))
+            }),
+            Side::new(format!("range_fault of {pages}, warm"), || {
+                mean(&|| _ = mirror.range_fault(&RangeFault::write(range)).expect("they are there"))
+            }),
+        ]);
+        row(&series[0], &[&series[1]], None);
+        row(&series[2], &[&series[1]], None);
+    }
+}
+
+/// Exclusive access.
+fn holds(effort: &Effort) {
+    table("Exclusive access: taken and given back");
+    for pages in [1, HUGE] {
+        let rig = Rig::new(1);
+        let (memory, bare, away) = (Memory::new(pages), Memory::new(pages), Memory::new(pages));
+        [&memory, &bare].into_iter().for_each(Memory::fill);
+        rig.manage(&memory);
+        let uffd = Uffd::open(Wait::Read, false);
+        [&bare, &away].into_iter().for_each(|memory| uffd.register(memory.range()));
+        let range = memory.range();
+        let mirror = rig.process.mirror(&Trivial::new(0), range).expect("it lives");
+        let times = (HUGE / pages / 4).clamp(1, effort.samples);
+        let mean = |run: &dyn Fn()| {
+            let (taken, ()) = time(|| (0..times).for_each(|_| run()));
+            taken / times as f64
+        };
+        let series = take_turns(effort.rounds, vec![
+            Side::new(format!("{pages} pages"), || {
+                mean(&|| drop(mirror.exclusive(range).expect("they can be held")))
+            }),
+            Side::new("MOVE and MOVE, page by page", || {
+                mean(&|| {
+                    for page in 0..pages {
+                        uffd.move_pages(bare.address(page), away.address(page), 1);
+                    }
+                    for page in 0..pages {
+                        uffd.move_pages(away.address(page), bare.address(page), 1);
+                    }
+                })
+            }),
+        ]);
+        row(&series[0], &[&series[1]], None);
+    }
+}
+
+/// The program unmaps and discards what a device has mapped.
+fn changes(effort: &Effort) {
+    table("The program changes what a device mirrors");
+    for (name, pages) in [("4 KiB", 1), ("2 MiB", HUGE)] {
+        let rig = Rig::new(1);
+        let handler = Handler::start(Wait::Read, true, |_, address| {
+            unreachable!("nobody touches {address:#x}")
+        });
+        let [mirrored, plain, told] = [(); 3].map(|()| Memory::new(pages));
+        let range = mirrored.range();
+        let mirror = rig.process.mirror(&Trivial::new(0), range).expect("it lives");
+        let times = (effort.samples / pages).max(1);
+        let mean = |memory: &Memory, ready: &dyn Fn(), change: &dyn Fn(PageRange)| {
+            let mut sum = 0.0;
+            for _ in 0..times {
+                memory.fill();
+                ready();
+                sum += time(|| change(memory.range())).0;
+            }
+            sum / times as f64
+        };
+        let ready = || _ = mirror.range_fault(&RangeFault::write(range)).expect("all can be had");
+        let listen = || handler.uffd().register(told.range());
+        let series = take_turns(effort.rounds, vec![
+            Side::new(format!("MADV_DONTNEED of {name}"), || {
+                mean(&mirrored, &ready, &|range| mirrored.discard(range))
+            }),
+            Side::new("unregistered", || mean(&plain, &|| {}, &|range| plain.discard(range))),
+            Side::new("a bare reader of events", || {
+                told.fill_for(&handler);
+                mean_of(times, &told, &listen, &|range| told.discard(range))
+            }),
+        ]);
+        row(&series[0], &[&series[1]], None);
+        row(&series[0], &[&series[2]], None);
+        let series = take_turns(effort.rounds, vec![
+            Side::new(format!("munmap of {name}"), || {
+                let taken = mean(&mirrored, &ready, &|range| {
+                    mirrored.unmap(range);
+                });
+                mirrored.map_again(range);
+                taken
+            }),
+        ]);
+        let _ = series;
+    }
+}
