@@ -1,5 +1,7 @@
 //! How a process attaches.
 
+use std::time::Duration;
+
 use uhmm::{Injector, PageRange};
 
 /// How [`Process::attach`](crate::Process::attach) attaches. The defaults are right for most.
@@ -14,6 +16,7 @@ use uhmm::{Injector, PageRange};
 pub struct Options {
     pub(crate) staging_bytes: usize,
     pub(crate) servers: usize,
+    pub(crate) patience: Duration,
     pub(crate) max_registrations: usize,
     pub(crate) managed: Option<Vec<PageRange>>,
     pub(crate) injector: Option<Injector>,
@@ -24,6 +27,7 @@ impl Default for Options {
         Options {
             staging_bytes: 256 << 30,
             servers: 4,
+            patience: Duration::from_secs(5),
             max_registrations: 8192,
             managed: None,
             injector: None,
@@ -51,6 +55,20 @@ impl Options {
     #[must_use]
     pub fn servers(mut self, servers: usize) -> Options {
         self.servers = servers;
+        self
+    }
+
+    /// Sets how long a page may fail to come home before the access to it fails. The default is 5
+    /// seconds.
+    ///
+    /// A load or store that fails raises `SIGBUS` in its thread, with the address, and the code
+    /// `BUS_OBJERR` where the device does not give the page, `BUS_ADRERR` where there is no memory
+    /// for it. A system call that fails says `EFAULT`. The page stays where it is, and a later
+    /// access tries again; after a system call, or where `SIGBUS` is blocked, only once it has come
+    /// home after all, which is tried for as long.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Options {
+        self.patience = patience;
         self
     }
 

@@ -82,9 +82,8 @@ pub struct ProcessStatistics {
     pub unforeseen_forks: u64,
     /// Pages that had to be kept back for want of memory, once for each time.
     pub parked: u64,
-    /// Pages that could not be brought home for so long that whoever touched one got SIGBUS. Their
-    /// contents are still where they were.
-    pub poisoned: u64,
+    /// Accesses that failed since their page could not be brought home. It is still where it was.
+    pub refused: u64,
     /// Pages of our own memory that are in use: for pages between the program and a device, in host
     /// memory, held exclusively, or parked.
     pub staging: u64,
@@ -124,7 +123,10 @@ impl Process {
             | Features::EVENT_REMAP
             | Features::EVENT_REMOVE
             | Features::EVENT_UNMAP;
-        let wanted = events | Features::MOVE | Features::POISON | Features::WP_ASYNC;
+        let wanted = events | Features::MOVE
+            | Features::POISON
+            | Features::WP_ASYNC
+            | Features::THREAD_ID;
         let uffd = Userfaultfd::open(Faults::All, wanted & offered).map_err(no_userfaultfd)?;
         let migrate = offered.contains(events | Features::MOVE);
         let pagemap = Pagemap::open().map_err(no_proc)?;
@@ -133,15 +135,18 @@ impl Process {
             None if allocator::is_installed() => None,
             managed => Some(managed.unwrap_or_default()),
         };
+        let no_room = |errno| AttachError::NoRoom { errno };
+        let kernel = Kernel::new(uffd, pagemap, maps, options.injector).map_err(no_room)?;
         let parts = Parts {
-            kernel: Kernel::new(uffd, pagemap, maps, options.injector),
+            kernel,
             staging_bytes: options.staging_bytes,
             abilities: Abilities { migrate },
             max_registrations: options.max_registrations,
             managed,
             servers: options.servers,
+            patience: options.patience,
         };
-        let space = Space::new(parts).map_err(|errno| AttachError::NoRoom { errno })?;
+        let space = Space::new(parts).map_err(no_room)?;
         let address_space = AddressSpace::new(Arc::clone(&space) as Arc<dyn Backend>);
         Ok(Process { address_space, space })
     }
@@ -187,7 +192,7 @@ impl Process {
         ProcessStatistics {
             staging,
             lost_staging,
-            poisoned: read(&counters.poisoned),
+            refused: read(&counters.refused),
             faults: read(&counters.faults),
             events: read(&counters.events),
             retries: read(&counters.retries),

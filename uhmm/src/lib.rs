@@ -12,6 +12,7 @@ mod error;
 mod exclusive;
 mod fault;
 pub mod guarantees;
+mod home;
 mod injector;
 mod migrate;
 mod mirror;

@@ -116,12 +116,12 @@ fn filler() -> &'static Memory {
 fn one_page(effort: &Effort, placement: &Placement) {
     let pages = effort.samples;
     run_on(&placement.servers);
-    let rig = Rig::new(2 * pages);
+    let rig = Rig::new(4 * pages);
     let (read, polled) = (Bare::moving(Wait::Read, pages), Bare::moving(Wait::Poll, pages));
     let copied = Bare::copying(Wait::Read, pages);
     run_on(&placement.faulting);
-    let (adopted, carried) = (Memory::new(pages), Memory::new(pages));
-    [&adopted, &carried].into_iter().for_each(|memory| {
+    let [adopted, together, carried] = [(); 3].map(|()| Memory::new(pages));
+    [&adopted, &together, &carried].into_iter().for_each(|memory| {
         memory.fill();
         rig.manage(memory);
     });
@@ -139,6 +139,10 @@ fn one_page(effort: &Effort, placement: &Placement) {
             polled.move_away();
             touch_each(&polled.memory)
         }),
+        Side::new("in place, of a range sent at once", || {
+            rig.send(together.range(), &rig.in_place);
+            touch_each(&together)
+        }),
         Side::new("by a copy", || come_home(&carried, &rig.copying)),
         Side::new("COPY, read", || {
             copied.drop_all();
@@ -148,7 +152,8 @@ fn one_page(effort: &Effort, placement: &Placement) {
     table(&format!("A CPU touches a page that is out: served on {}", placement.name));
     row(&series[0], &[&series[1], &series[2]], Some(1.15));
     row(&series[2], &[&series[1]], None);
-    row(&series[3], &[&series[4]], None);
+    row(&series[3], &[&series[1], &series[2]], Some(1.15));
+    row(&series[4], &[&series[5]], None);
 }
 
 /// A CPU reads one page after the other.

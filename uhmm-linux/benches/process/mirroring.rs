@@ -1,10 +1,9 @@
 //! What it costs that a device mirrors memory: faults, looks, holds, and what the program does to
 //! what is mirrored.
 
-use uhmm::{Order, PageRange, RangeFault};
+use uhmm::{Order, RangeFault};
 
 use super::bare::{Handler, Memory, Pagemap, Uffd, Wait};
-use super::device::Trivial;
 use super::rig::Rig;
 use super::rounds::{Effort, Side, row, table, take_turns, time};
 
@@ -25,7 +24,7 @@ fn cold_faults(effort: &Effort) {
         let rig = Rig::new(1);
         let (memory, bare) = (Memory::new(pages), Memory::new(pages));
         let (range, bare_range) = (memory.range(), bare.range());
-        let mirror = rig.process.mirror(&Trivial::new(0), range).expect("it lives");
+        let mirror = rig.mirror(&memory);
         let times = if pages == 1 { effort.samples } else { 1 };
         let cold = |memory: &Memory, run: &dyn Fn()| {
             let mut sum = 0.0;
@@ -64,7 +63,7 @@ fn looks(effort: &Effort) {
         let memory = Memory::new(pages);
         memory.fill();
         let range = memory.range();
-        let mirror = rig.process.mirror(&Trivial::new(0), range).expect("it lives");
+        let mirror = rig.mirror(&memory);
         mirror.range_fault(&RangeFault::write(range)).expect("all can be had");
         let times = (HUGE / pages).clamp(1, effort.samples);
         let mean = |run: &dyn Fn()| {
@@ -94,11 +93,10 @@ fn holds(effort: &Effort) {
         let rig = Rig::new(1);
         let (memory, bare, away) = (Memory::new(pages), Memory::new(pages), Memory::new(pages));
         [&memory, &bare].into_iter().for_each(Memory::fill);
-        rig.manage(&memory);
         let uffd = Uffd::open(Wait::Read, false);
         [&bare, &away].into_iter().for_each(|memory| uffd.register(memory.range()));
         let range = memory.range();
-        let mirror = rig.process.mirror(&Trivial::new(0), range).expect("it lives");
+        let mirror = rig.mirror(&memory);
         let times = (HUGE / pages / 4).clamp(1, effort.samples);
         let mean = |run: &dyn Fn()| {
             let (taken, ()) = time(|| (0..times).for_each(|_| run()));
@@ -123,50 +121,56 @@ fn holds(effort: &Effort) {
     }
 }
 
+/// What the program does to its memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Change {
+    Discard,
+    Unmap,
+}
+
 /// The program unmaps and discards what a device has mapped.
 fn changes(effort: &Effort) {
     table("The program changes what a device mirrors");
-    for (name, pages) in [("4 KiB", 1), ("2 MiB", HUGE)] {
+    for (size, pages) in [("4 KiB", 1), ("2 MiB", HUGE)] {
         let rig = Rig::new(1);
         let handler = Handler::start(Wait::Read, true, |_, address| {
             unreachable!("nobody touches {address:#x}")
         });
         let [mirrored, plain, told] = [(); 3].map(|()| Memory::new(pages));
         let range = mirrored.range();
-        let mirror = rig.process.mirror(&Trivial::new(0), range).expect("it lives");
+        let mirror = rig.mirror(&mirrored);
         let times = (effort.samples / pages).max(1);
-        let mean = |memory: &Memory, ready: &dyn Fn(), change: &dyn Fn(PageRange)| {
-            let mut sum = 0.0;
-            for _ in 0..times {
-                memory.fill();
-                ready();
-                sum += time(|| change(memory.range())).0;
-            }
-            sum / times as f64
-        };
         let ready = || _ = mirror.range_fault(&RangeFault::write(range)).expect("all can be had");
         let listen = || handler.uffd().register(told.range());
-        let series = take_turns(effort.rounds, vec![
-            Side::new(format!("MADV_DONTNEED of {name}"), || {
-                mean(&mirrored, &ready, &|range| mirrored.discard(range))
-            }),
-            Side::new("unregistered", || mean(&plain, &|| {}, &|range| plain.discard(range))),
-            Side::new("a bare reader of events", || {
-                told.fill_for(&handler);
-                mean_of(times, &told, &listen, &|range| told.discard(range))
-            }),
-        ]);
-        row(&series[0], &[&series[1]], None);
-        row(&series[0], &[&series[2]], None);
-        let series = take_turns(effort.rounds, vec![
-            Side::new(format!("munmap of {name}"), || {
-                let taken = mean(&mirrored, &ready, &|range| {
-                    mirrored.unmap(range);
-                });
-                mirrored.map_again(range);
-                taken
-            }),
-        ]);
-        let _ = series;
+        for (name, change) in [("MADV_DONTNEED", Change::Discard), ("munmap", Change::Unmap)] {
+            let series = take_turns(effort.rounds, vec![
+                Side::new(format!("{name} of {size}"), || make(change, &mirrored, times, &ready)),
+                Side::new("unregistered", || make(change, &plain, times, &|| {})),
+                Side::new("a bare reader of events", || make(change, &told, times, &listen)),
+            ]);
+            row(&series[0], &[&series[1]], None);
+            row(&series[0], &[&series[2]], None);
+        }
     }
+}
+
+/// Changes memory that is filled and made `ready` each time, and returns what a change takes.
+fn make(change: Change, memory: &Memory, times: usize, ready: &dyn Fn()) -> f64 {
+    let range = memory.range();
+    let mut sum = 0.0;
+    for _ in 0..times {
+        memory.fill();
+        ready();
+        sum += time(|| match change {
+            Change::Discard => memory.discard(range),
+            Change::Unmap => memory.unmap(range),
+        })
+        .0;
+        // A new mapping is not registered.
+        if change == Change::Discard {
+            memory.unmap(range);
+        }
+        memory.map_again(range);
+    }
+    sum / times as f64
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use uhmm::policy::Policies;
-use uhmm::{DevicePagemap, PageRange, PagemapOptions};
+use uhmm::{DevicePagemap, Mirror, PageRange, PagemapOptions};
 use uhmm_linux::{Options, Process};
 
 use super::bare::Memory;
@@ -37,6 +37,12 @@ impl Rig {
     /// Lets memory leave.
     pub(crate) fn manage(&self, memory: &Memory) {
         self.process.manage(memory.range());
+    }
+
+    /// Has a device mirror memory.
+    pub(crate) fn mirror(&self, memory: &Memory) -> Mirror<Trivial> {
+        self.manage(memory);
+        self.process.mirror(&Trivial::new(0), memory.range()).expect("it lives")
     }
 
     /// Moves each page of a range away by itself, so that each comes home by itself.

@@ -162,7 +162,7 @@ impl Space {
             }
         }
         self.staging.fill(block.range());
-        state.insert(page, Extent { order: Order::PAGE, place: Place::Held { owner, block } });
+        state.insert(page, Extent::new(Order::PAGE, Place::Held { owner, block }));
         Attempt::Held
     }
 

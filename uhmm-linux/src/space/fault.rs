@@ -228,7 +228,7 @@ fn next_out(state: &State, range: PageRange, keep: Option<Owner>) -> Option<Next
             Place::Transit { isolation, .. } => Some(Next::Sleep(*isolation, page)),
             Place::Device(block) if keep == Some(block.location().owner) => None,
             Place::Device(block) => {
-                Some(Next::Home(Arc::clone(block.pagemap()), page, extent.order))
+                Some(Next::Home(Arc::clone(block.pagemap()), page, extent.mapped()))
             }
             Place::Held { owner, .. } if keep == Some(*owner) => None,
             Place::Held { .. } => Some(Next::Revoke(page)),

@@ -1,27 +1,51 @@
 //! Forks.
 //!
 //! A child has what its parent had mapped, and nothing else: pages that are out are holes in its
-//! page table, and nobody there serves them. So before a fork that the C library announces
-//! everything comes home, and nothing leaves until it is over. A fork that nobody announces, a raw
-//! `clone`, is told of by the kernel when the page table has been copied: then the pages come home
-//! as well, and each is put into the child before it is put into the parent, so that the child has
-//! it as it was at the fork.
+//! page table, nobody there serves them, and once the last userfaultfd that knows of them is closed
+//! they are zeroes. So a child must not run before it has them all.
+//!
+//! Before a fork that the C library announces, everything comes home, and nothing leaves until it is
+//! over. That is for the child's sake no more than a short cut: what is out all the same, and what
+//! is out at a fork that nobody announces, such as a raw `clone`, the child is given by way of the
+//! kernel's fork event. It comes when the page table has been copied. The pages come home, and each
+//! is put into the child before it is put into the parent, so that the child has it as it was at the
+//! fork. Meanwhile neither the child nor the thread that forked runs: the fork is held back by the
+//! [`Sentinel`], whose event is read when the child lacks nothing ([`Space::watch_forks`]). If the
+//! parent is killed before that, there never is a child.
+//!
+//! What a child lacks is out, until it has it: [`Child`] follows the pages when the program moves
+//! their mapping, and what the program unmaps or discards stays in limbo until the child has a copy.
+//!
+//! A child is *released* before it runs: its memory is unregistered, explicitly, since another child
+//! may have been born with a copy of the descriptor, which keeps the userfaultfd open when it is
+//! closed here. What cannot be had within [`PATIENCE`] is poisoned in the child, which gets a signal
+//! if it touches it.
+//!
+//! One thing is not as if nothing were out. A device that stores to its own memory after the fork,
+//! and before that is brought home, stores for both: the child sees it if that is before it runs.
+//! So who forks by a raw `clone` stops its devices first, as far as that matters.
 //!
 //! In a child the bookkeeping is a copy without servers, and [`Space::is_here`] says so: everything
 //! there answers that the address space has ended.
 
 use std::cell::RefCell;
-use std::sync::{Mutex, MutexGuard, Weak};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use rangemap::RangeSet;
+use mmu_notifier::Owner;
+use rangemap::RangeMap;
 use rustix::io::Errno;
-use uhmm::{Page, PageRange};
+use uhmm::{FaultError, Order, Page, PageRange};
 
-use super::state::{State, numbers, range_of};
-use super::{Space, count, lock};
-use crate::sys::userfaultfd::{Message, Messages, Userfaultfd};
+use super::serve::AbortOnPanic;
+use super::state::{State, is_in_limbo, numbers, range_of};
+use super::{Space, count, fatal, lock};
 use crate::sys::fork;
+use crate::sys::sentinel::Sentinel;
+use crate::sys::thread;
+use crate::sys::userfaultfd::Userfaultfd;
 
 /// How long a fork waits for pages that somebody has in transit.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -29,13 +53,20 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The space whose process forks.
 static CURRENT: Mutex<Weak<Space>> = Mutex::new(Weak::new());
 
-/// A child that was born while pages were out.
+/// A child that was born while pages were out, and does not run yet.
 #[derive(Debug)]
 pub(super) struct Child {
     uffd: Userfaultfd,
-    /// The pages that it lacks.
-    missing: RangeSet<u64>,
-    messages: Messages,
+    /// The pages that it lacks, by their numbers in the parent now; and by how much those in the
+    /// child are larger, modulo 2^64.
+    lacks: RangeMap<u64, u64>,
+    /// What was registered when it was born.
+    registered: Vec<Range<u64>>,
+}
+
+/// Returns the numbers of the pages that must not move, so that the sentinel is above all that does.
+pub(super) fn above(sentinel: &Sentinel) -> Range<u64> {
+    sentinel.page().number()..Page::MAX.number() + 1
 }
 
 impl Space {
@@ -66,11 +97,7 @@ impl Space {
         while !self.bring_everything_home() && began.elapsed() < PATIENCE {
             std::thread::yield_now();
         }
-        let left = self.lock().pages_out();
-        if left > 0 {
-            // The child gets them by way of the event.
-            tracing::warn!(target: "uhmm", pages = left, "are still out at a fork");
-        }
+        // What is left the child gets by way of the event.
     }
 
     fn after_fork(&self) {
@@ -79,51 +106,238 @@ impl Space {
         self.announce_arrivals();
     }
 
-    /// Notes a child that was born while pages were out. From here on no page is put into the
-    /// parent's page table before the child has it.
+    /// Starts the thread that lets forks go.
+    pub(super) fn watch_forks(&self) -> Result<(), Errno> {
+        if self.sentinel.is_none() {
+            return Ok(());
+        }
+        let space = self.this();
+        let started = thread::spawn("uhmm-forks", move || space.hold_forks());
+        match started {
+            Ok(thread) => lock(&self.servers.threads).push(thread),
+            Err(error) => {
+                self.stop_servers();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn hold_forks(&self) {
+        self.reserve_this_thread();
+        let abort = AbortOnPanic;
+        let sentinel = self.sentinel.as_ref().expect("this thread is its");
+        loop {
+            match sentinel.wait(self.servers.stop.as_fd()) {
+                Ok(true) => self.let_forks_go(sentinel),
+                Ok(false) => break,
+                Err(error) => fatal("forks cannot be waited for", error),
+            }
+        }
+        std::mem::forget(abort);
+    }
+
+    /// Lets the forks go that are held back, once all children that are known lack nothing.
+    ///
+    /// A fork is held back here after its event at the other userfaultfd has been read, and the
+    /// lock is held from that until its child is known. So under the lock, while no child is
+    /// wanting, those that are held back have what they need.
+    fn let_forks_go(&self, sentinel: &Sentinel) {
+        let deadline = Instant::now() + PATIENCE;
+        let mut state = self.lock();
+        while !state.children.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                self.give_up_children(&mut state);
+                break;
+            }
+            let woken = self.arrivals.wait_timeout(state, left);
+            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        while let Err(error) = sentinel.let_go() {
+            match error {
+                Errno::MFILE | Errno::NFILE => self.make_room(&mut state, error),
+                error => fatal("forks cannot be let go", error),
+            }
+        }
+        self.keep_spare(&mut state);
+    }
+
+    /// Has forks held back from here on, which is before anything is registered.
+    pub(super) fn arm(&self, state: &mut State) -> Result<(), Errno> {
+        if let Some(sentinel) = &self.sentinel
+            && !state.armed
+        {
+            sentinel.arm()?;
+            state.armed = true;
+        }
+        self.keep_spare(state);
+        Ok(())
+    }
+
+    /// Lets forks pass if nothing is registered.
+    pub(super) fn disarm(&self, state: &mut State) {
+        if let Some(sentinel) = &self.sentinel
+            && state.armed
+            && state.registered.is_empty()
+            && sentinel.disarm().is_ok()
+        {
+            state.armed = false;
+        }
+    }
+
+    /// Has a descriptor in hand that can be closed to make room for another.
+    fn keep_spare(&self, state: &mut State) {
+        if state.spare.is_none() {
+            state.spare = rustix::io::fcntl_dupfd_cloexec(&self.servers.stop, 0).ok();
+        }
+    }
+
+    /// Makes room for the descriptor of a child, or at least some time for others to make it.
+    pub(super) fn make_room(&self, state: &mut State, error: Errno) {
+        if state.spare.take().is_some() {
+            return;
+        }
+        if !state.children.is_empty() {
+            // The program has taken the room. A child with a signal is better than no fork any more.
+            self.give_up_children(state);
+            return;
+        }
+        let since = *state.crowded.get_or_insert_with(Instant::now);
+        if since.elapsed() > PATIENCE {
+            fatal("there is no room for a descriptor", error);
+        }
+        std::thread::yield_now();
+    }
+
+    /// Notes what was unregistered: a child may have it registered whose birth is not known yet.
+    pub(super) fn note_released(&self, state: &mut State, range: Range<u64>) {
+        if self.kernel.uffd().changing() {
+            state.released.insert(range);
+        }
+    }
+
+    /// Notes a child. From here on no page is put into the parent's page table before the child has
+    /// it.
     pub(super) fn adopt_child(&self, state: &mut State, uffd: Userfaultfd) {
-        let missing = state.extents().map(|(first, extent)| numbers(first.block(extent.order)));
-        let missing: RangeSet<u64> = missing.collect();
+        let mut registered: Vec<_> = state.registered.iter().map(|(range, _)| range.clone()).collect();
+        registered.extend(state.released.iter().cloned());
+        let out = state.extents().map(|(first, extent)| first.block(extent.order));
+        let out = out.filter(|block| !is_in_limbo(block.first()));
+        let lacks: RangeMap<u64, u64> = out.map(|block| (numbers(block), 0)).collect();
+        let child = Child { uffd, lacks, registered };
+        state.crowded = None;
+        if child.lacks.is_empty() {
+            child.release();
+            return;
+        }
         count(&self.counters.unforeseen_forks, 1);
-        state.children.push(Child { uffd, missing, messages: Messages::new() });
+        state.children.push(child);
         state.aftermath.children = true;
     }
 
-    /// Gives the children what they lack, by bringing everything home. With no lock held.
+    /// Gives the children what they lack, by bringing that home. With no lock held.
     pub(super) fn supply_children(&self) {
         let began = Instant::now();
+        let nobody = Some(Owner::new());
         loop {
-            let home = self.bring_everything_home();
-            let mut state = self.lock();
-            for child in &mut state.children {
-                child.read();
+            let next = {
+                let mut state = self.lock();
+                let next = self.next_for_children(&mut state);
+                if next.is_none() {
+                    // What they lack by now they have: it never left.
+                    self.give_up_children(&mut state);
+                    return;
+                }
+                next
+            };
+            let Some((first, order)) = next else { return };
+            let fetched = self.fetch_home(first.block(order), nobody, Some(began + PATIENCE));
+            if let Err(error) = fetched {
+                let hopeless = matches!(error, FaultError::SelfWait { .. });
+                if hopeless || began.elapsed() > PATIENCE {
+                    tracing::error!(target: "uhmm", %error, "a child does not get its pages");
+                    self.give_up_children(&mut self.lock());
+                    return;
+                }
+                std::thread::yield_now();
             }
-            // To close its descriptor makes a child's memory its own.
-            state.children.retain(|child| !child.missing.is_empty());
-            if state.children.is_empty() {
+        }
+    }
+
+    /// Finds something that is out and that a child lacks.
+    fn next_for_children(&self, state: &mut State) -> Option<(Page, Order)> {
+        let served = |child: &mut Child| child.lacks.is_empty();
+        let done: Vec<Child> = state.children.extract_if(.., served).collect();
+        done.into_iter().for_each(Child::release);
+        self.announce_arrivals();
+        state.children.iter().find_map(|child| {
+            child.lacks.iter().find_map(|(part, _)| {
+                let (first, extent) = state.overlapping(range_of(part.clone())).next()?;
+                Some((first, extent.order))
+            })
+        })
+    }
+
+    fn give_up_children(&self, state: &mut State) {
+        for child in std::mem::take(&mut state.children) {
+            child.poison();
+            child.release();
+        }
+        self.announce_arrivals();
+    }
+
+    /// Sees to it that no fork is under way which the kernel tells us of, with nothing registered.
+    pub(super) fn end_forks(&self, state: &mut State) {
+        self.disarm(state);
+        while let Some(sentinel) = &self.sentinel {
+            // Lets the other userfaultfd's event pass first.
+            self.drain(state);
+            if !state.children.is_empty() {
+                self.give_up_children(state);
+            }
+            if !sentinel.forking() {
                 return;
             }
-            if home || began.elapsed() > PATIENCE {
-                let children = std::mem::take(&mut state.children);
-                children.into_iter().for_each(Child::give_up);
-                return;
+            match sentinel.let_go() {
+                Ok(_) => std::thread::yield_now(),
+                Err(Errno::MFILE | Errno::NFILE) => self.make_room(state, Errno::MFILE),
+                Err(error) => fatal("forks cannot be let go", error),
             }
-            drop(state);
-            std::thread::yield_now();
         }
     }
 }
 
 impl Child {
-    /// Puts the pages `from`, of our own memory, where the child lacks the pages `to`.
+    /// Tells whether it lacks any of those pages of the parent.
+    pub(super) fn lacks(&self, pages: &Range<u64>) -> bool {
+        self.lacks.overlaps(pages)
+    }
+
+    /// Notes that what the parent had in `pages` it has from `to` on now.
+    pub(super) fn follow(&mut self, pages: &Range<u64>, to: Page) {
+        let parts: Vec<_> = self
+            .lacks
+            .overlapping(pages.clone())
+            .map(|(part, &further)| (cut(part, pages), further))
+            .collect();
+        self.lacks.remove(pages.clone());
+        let by = to.number().wrapping_sub(pages.start);
+        for (part, further) in parts {
+            let moved = part.start.wrapping_add(by)..part.end.wrapping_add(by);
+            self.lacks.insert(moved, further.wrapping_sub(by));
+        }
+    }
+
+    /// Puts the pages `from`, of our own memory, or zeroes, where the child lacks what its parent has
+    /// in `to`.
     pub(super) fn supply(&mut self, from: Option<PageRange>, to: PageRange) {
         let whole = numbers(to);
-        let mut rest = self.next_missing(&whole);
-        while let Some(part) = rest {
-            let offset = part.start - whole.start;
-            let target = range_of(part.clone());
+        let mut tries = 0;
+        while let Some((part, target)) = self.next_lacking(&whole) {
             let progress = match from {
                 Some(from) => {
+                    let offset = part.start - whole.start;
                     let source = from.first().checked_add(offset).expect("as many as `to`");
                     self.uffd.copy(source, target, true)
                 }
@@ -131,80 +345,98 @@ impl Child {
             };
             let done = part.start..part.start + progress.pages;
             if !done.is_empty() {
-                self.missing.remove(done);
+                self.lacks.remove(done.clone());
             }
             match progress.result {
-                Ok(()) => self.missing.remove(part),
-                Err(_) if progress.pages > 0 => {}
-                Err(Errno::AGAIN) => self.read(),
-                // It has something else there by now, or nothing, or has ended.
-                Err(Errno::EXIST | Errno::NOENT | Errno::INVAL | Errno::SRCH) => {
-                    self.missing.remove(part.start..part.start + 1);
+                Ok(()) => self.lacks.remove(part),
+                Err(_) if !done.is_empty() => {}
+                Err(Errno::AGAIN) if tries < TRIES => tries += 1,
+                // It had something else there, or nothing.
+                Err(Errno::EXIST | Errno::NOENT | Errno::INVAL) => {
+                    self.lacks.remove(part.start..part.start + 1);
                 }
+                // It was killed before it began.
+                Err(Errno::SRCH) => self.lacks = RangeMap::new(),
                 Err(error) => {
                     tracing::error!(target: "uhmm", %error, "a child does not get its pages");
-                    self.poison(part.clone());
-                    self.missing.remove(part);
-                }
-            }
-            rest = self.next_missing(&whole);
-        }
-    }
-
-    fn next_missing(&self, whole: &std::ops::Range<u64>) -> Option<std::ops::Range<u64>> {
-        let part = self.missing.overlapping(whole).next()?;
-        Some(part.start.max(whole.start)..part.end.min(whole.end))
-    }
-
-    /// Reads what the child does to its mappings: it waits for that.
-    fn read(&mut self) {
-        while self.uffd.read_now(&mut self.messages).is_ok_and(|read| read > 0) {
-            while let Some(message) = self.messages.take() {
-                match message {
-                    Message::Unmap(range) | Message::Remove(range) => {
-                        self.missing.remove(numbers(range));
-                    }
-                    Message::Remap { from, to } => self.remap(from, to),
-                    // A child of the child: what it lacks it never gets, and it must not take zeroes
-                    // for that.
-                    Message::Fork(uffd) => {
-                        let missing = self.missing.clone();
-                        Child { uffd, missing, messages: Messages::new() }.give_up();
-                    }
-                    // Shared memory is none of what it lacks.
-                    Message::Fault { .. } | Message::Duplicate { .. } => {}
+                    self.poison_pages(target);
+                    self.lacks.remove(part);
                 }
             }
         }
-        std::thread::yield_now();
     }
 
-    fn remap(&mut self, from: PageRange, to: Page) {
-        let whole = numbers(from);
-        let parts: Vec<_> = self.missing.overlapping(&whole).cloned().collect();
-        self.missing.remove(whole.clone());
-        for part in parts {
-            let part = part.start.max(whole.start)..part.end.min(whole.end);
-            let moved = |page: u64| page - whole.start + to.number();
-            self.missing.insert(moved(part.start)..moved(part.end));
-        }
+    /// Finds pages that the child lacks, by their numbers in the parent, and where they are in it.
+    fn next_lacking(&self, whole: &Range<u64>) -> Option<(Range<u64>, PageRange)> {
+        let (part, further) = self.lacks.overlapping(whole.clone()).next()?;
+        let part = cut(part, whole);
+        let target = part.start.wrapping_add(*further)..part.end.wrapping_add(*further);
+        Some((part, range_of(target)))
     }
 
     /// Makes sure that the child does not take zeroes for what it lacks: it gets a signal.
-    fn give_up(self) {
-        for part in self.missing.iter() {
-            self.poison(part.clone());
+    fn poison(&self) {
+        for (part, further) in self.lacks.iter() {
+            self.poison_pages(range_of(
+                part.start.wrapping_add(*further)..part.end.wrapping_add(*further),
+            ));
         }
     }
 
-    fn poison(&self, part: std::ops::Range<u64>) {
-        let poisoned = self.uffd.poison(range_of(part), true);
-        if let Err(error) = poisoned.result
-            && !matches!(error, Errno::SRCH | Errno::NOENT | Errno::EXIST)
-        {
-            tracing::error!(target: "uhmm", %error, "a child may read zeroes for pages it lacks");
+    /// Poisons those of the pages that are missing.
+    fn poison_pages(&self, pages: PageRange) {
+        let mut next = Some(pages.first());
+        let mut tries = 0;
+        while let Some(rest) = next.and_then(|page| PageRange::from_bounds(page, pages.last())) {
+            let progress = self.uffd.poison(rest, true);
+            if progress.pages > 0 {
+                next = rest.first().checked_add(progress.pages);
+                continue;
+            }
+            match progress.result {
+                Ok(()) | Err(Errno::SRCH) => return,
+                Err(Errno::EXIST | Errno::NOENT | Errno::INVAL) => {}
+                Err(_) if tries < TRIES => {
+                    tries += 1;
+                    std::thread::yield_now();
+                    continue;
+                }
+                // To let it run would be to let it read zeroes.
+                Err(error) => fatal("a child lacks pages that cannot be marked", error),
+            }
+            next = rest.first().checked_add(1);
         }
     }
+
+    /// Makes the child's memory its own.
+    fn release(self) {
+        for range in &self.registered {
+            self.unregister(range_of(range.clone()));
+        }
+    }
+
+    fn unregister(&self, range: PageRange) {
+        match self.uffd.unregister(range) {
+            // One mapping in it that cannot be registered spoils it all: by halves, then.
+            Err(Errno::INVAL) if range.pages() > 1 => {
+                let half = range.first().checked_add(range.pages() / 2).expect("within the range");
+                let last = Page::new(half.number() - 1).expect("within the range");
+                for part in [(range.first(), last), (half, range.last())] {
+                    self.unregister(PageRange::from_bounds(part.0, part.1).expect("halves"));
+                }
+            }
+            // Nothing is there, or the child is gone.
+            _ => {}
+        }
+    }
+}
+
+/// How often the kernel may put off to put something into a child.
+const TRIES: u32 = 10_000;
+
+/// Returns what two ranges share, if they share anything.
+fn cut(part: &Range<u64>, whole: &Range<u64>) -> Range<u64> {
+    part.start.max(whole.start)..part.end.min(whole.end)
 }
 
 thread_local! {

@@ -4,7 +4,7 @@ use rustix::io::Errno;
 use uhmm::{Order, Page, PageRange};
 
 use super::pool::{Pool, PoolBlock, aligned_blocks};
-use super::state::{Extent, IsolationId, Place, State, Token};
+use super::state::{Extent, IsolationId, Place, State, Token, is_in_limbo, numbers};
 use super::{Space, count};
 use crate::sys::pagemap::Categories;
 
@@ -94,7 +94,15 @@ impl Space {
         if !state.children.is_empty() {
             supply_children(state, source.pool_of(), from, to);
         }
-        let (done, error) = self.fill(source.pool_of(), from, to);
+        let poisoned = state.poisoned.overlaps(&numbers(to));
+        // Nobody has it any more but the children, who have it now.
+        let (done, error) = match is_in_limbo(to.first()) {
+            true => (to.pages(), None),
+            false => self.fill(source.pool_of(), from, to, poisoned),
+        };
+        if poisoned && done > 0 {
+            state.poisoned.remove(to.first().number()..to.first().number() + done);
+        }
         if done == to.pages() {
             drop(state.remove(to.first()));
         } else if done > 0 {
@@ -106,15 +114,21 @@ impl Space {
         (done, error)
     }
 
-    /// Fills the holes `to` with the pages `from` of a pool.
-    fn fill(&self, pool: &Pool, from: PageRange, to: PageRange) -> (u64, Option<Errno>) {
+    /// Fills the holes `to` with the pages `from` of a pool. Only a copy replaces what is `poisoned`.
+    fn fill(
+        &self,
+        pool: &Pool,
+        from: PageRange,
+        to: PageRange,
+        poisoned: bool,
+    ) -> (u64, Option<Errno>) {
         let mut done = 0;
         while done < to.pages() {
             let rest = |range: PageRange| {
                 let first = range.first().checked_add(done).expect("some are left");
                 PageRange::from_bounds(first, range.last()).expect("some are left")
             };
-            match self.fill_some(pool, rest(from), rest(to)) {
+            match self.fill_some(pool, rest(from), rest(to), poisoned) {
                 Step::Done(pages) => done += pages,
                 Step::Again => return (done, Some(Errno::AGAIN)),
                 Step::NoMemory => return (done, Some(Errno::NOMEM)),
@@ -124,13 +138,22 @@ impl Space {
     }
 
     /// Fills as many holes as one call to the kernel fills.
-    fn fill_some(&self, pool: &Pool, from: PageRange, to: PageRange) -> Step {
+    fn fill_some(&self, pool: &Pool, from: PageRange, to: PageRange, poisoned: bool) -> Step {
         let occupied = pool.is_occupied(from.first().into());
         let run = from.iter().take_while(|&page| pool.is_occupied(page.into()) == occupied).count();
         let from = PageRange::from_pages(from.first(), run as u64).expect("the first is of the run");
         let to = PageRange::from_pages(to.first(), run as u64).expect("as many");
-        if !occupied {
+        if !occupied && !poisoned {
             let progress = self.kernel.zeropage(to);
+            return self.judge(progress.pages, progress.result, to);
+        }
+        if !occupied {
+            // There is nothing to copy from but what the kernel makes of a touch.
+            let progress = self.kernel.copy_home(self.zeroes.first(), to.first().into());
+            return self.judge(progress.pages, progress.result, to.first().into());
+        }
+        if poisoned {
+            let progress = self.kernel.copy_home(from.first(), to);
             return self.judge(progress.pages, progress.result, to);
         }
         if pool.is_staging() || run as u64 >= MOVED_FROM_BUFFERS {
@@ -209,7 +232,7 @@ impl Space {
             old.into_iter().for_each(|first| drop(state.remove(first)));
         }
         for ((first, order), block) in places.into_iter().zip(blocks) {
-            state.insert_realigned(first, Extent { order, place: Place::Parked(block) });
+            state.insert_realigned(first, Extent::new(order, Place::Parked(block)));
         }
         let parked = refused.iter().map(|(_, order, _)| order.pages()).sum();
         count(&self.counters.parked, parked);

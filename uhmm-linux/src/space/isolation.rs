@@ -86,7 +86,7 @@ impl ProcessIsolation {
     pub(super) fn enter_transit(&mut self, state: &mut State, page: Page, order: Order) -> Token {
         let (isolation, token) = (self.id(state), state.token());
         let place = Place::Transit { isolation, token, offset: 0 };
-        state.insert(page, Extent { order, place });
+        state.insert(page, Extent::new(order, place));
         token
     }
 
@@ -257,7 +257,7 @@ impl Space {
             for (index, page) in (offset..).zip(first.block(order).iter()) {
                 let block = blocks[index as usize].take().expect("each part is there once");
                 let place = Place::Device(block);
-                state.insert(page, Extent { order: Order::PAGE, place });
+                state.insert(page, Extent::new(Order::PAGE, place));
             }
         }
         left.extend(blocks.into_iter().flatten().map(Contents::Device));
@@ -318,7 +318,7 @@ impl Isolation for ProcessIsolation {
             for (index, page) in (offset..).zip(first.block(order).iter()) {
                 let token = tokens[index as usize];
                 let place = Place::Transit { isolation, token, offset: 0 };
-                state.insert(page, Extent { order: Order::PAGE, place });
+                state.insert(page, Extent::new(Order::PAGE, place));
             }
         }
         drop(state);

@@ -3,11 +3,15 @@
 //! Everything that the space asks of the kernel and that can fail goes through here, so that a test
 //! can make each step fail (the step names are those of
 //! [`Options::injector`](crate::Options::injector)).
+//!
+//! A child inherits the descriptor, and with it the power over its parent's memory. So in a child
+//! every step fails.
 
 use rustix::io::Errno;
 use uhmm::{Injector, Page, PageRange};
 
 use crate::sys::advise;
+use crate::sys::fork::ForkMark;
 use crate::sys::maps::{Maps, Vma};
 use crate::sys::pagemap::{Categories, Pagemap};
 use crate::sys::userfaultfd::{Messages, Modes, MoveOptions, Progress, Userfaultfd};
@@ -18,6 +22,8 @@ pub(crate) struct Kernel {
     pagemap: Pagemap,
     maps: Maps,
     injector: Option<Injector>,
+    /// Tells the process that attached from its children.
+    mark: ForkMark,
 }
 
 impl Kernel {
@@ -26,13 +32,19 @@ impl Kernel {
         pagemap: Pagemap,
         maps: Maps,
         injector: Option<Injector>,
-    ) -> Kernel {
-        Kernel { uffd, pagemap, maps, injector }
+    ) -> Result<Kernel, Errno> {
+        Ok(Kernel { uffd, pagemap, maps, injector, mark: ForkMark::new()? })
+    }
+
+    /// Tells whether this is the process whose kernel this is, and not a child of it.
+    pub(super) fn is_here(&self) -> bool {
+        self.mark.is_ours()
     }
 
     /// Fails where a test wants it.
     fn step(&self, name: &'static str, error: Errno) -> Result<(), Errno> {
         match &self.injector {
+            _ if !self.is_here() => Err(Errno::SRCH),
             Some(injector) if injector.fails(name) => Err(error),
             _ => Ok(()),
         }

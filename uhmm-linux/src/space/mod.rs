@@ -47,23 +47,23 @@ mod take;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mmu_notifier::{Event, Owner, Subscriptions};
 use rustix::io::Errno;
 use uhmm::backend::{Backend, Isolation, Select};
 use uhmm::{
-    Access, Coherence, Death, FaultError, PageEntry, PageRange, SpaceId, SystemMemory,
+    Access, Coherence, Death, FaultError, Order, PageEntry, PageRange, SpaceId, SystemMemory,
 };
 
 pub use host::HostMemory;
 use kernel::Kernel;
 use memory::ProcessMemory;
-use pool::Pool;
+use pool::{Pool, PoolBlock};
 use serve::Servers;
 use state::State;
 
-use crate::sys::fork::ForkMark;
+use crate::sys::sentinel::Sentinel;
 use crate::sys::userfaultfd::{Message, Messages};
 
 /// The calling process, as a backend. See the [module](self).
@@ -73,13 +73,17 @@ pub(crate) struct Space {
     kernel: Arc<Kernel>,
     staging: Arc<Pool>,
     buffers: Arc<Pool>,
+    /// A page of zeroes.
+    zeroes: PoolBlock,
+    /// How long a page may fail to come home before the access to it fails.
+    patience: Duration,
     memory: Arc<ProcessMemory>,
     state: Mutex<State>,
     /// Somebody's pages may have arrived.
     arrivals: Condvar,
     servers: Servers,
-    /// Tells the process that attached from its children.
-    mark: ForkMark,
+    /// Holds forks back until children have what they need.
+    sentinel: Option<Sentinel>,
     abilities: Abilities,
     /// How many ranges may be registered.
     max_registrations: usize,
@@ -102,6 +106,7 @@ pub(crate) struct Parts {
     pub(crate) max_registrations: usize,
     pub(crate) managed: Option<Vec<PageRange>>,
     pub(crate) servers: usize,
+    pub(crate) patience: Duration,
 }
 
 
@@ -132,8 +137,8 @@ counters! {
     unforeseen_forks,
     /// Pages of ours that are kept since there was no memory to put them in.
     parked,
-    /// Pages that could not be brought home, so that who touched them got a signal.
-    poisoned,
+    /// Accesses that failed, since the page could not be brought home.
+    refused,
     /// Pages dropped since the program put something else in their place.
     replaced,
 }
@@ -155,6 +160,9 @@ impl Space {
         let kernel = Arc::new(parts.kernel);
         let staging = Pool::staging(parts.staging_bytes, MIN_STAGING, &kernel)?;
         let buffers = Pool::buffers(parts.staging_bytes, MIN_STAGING)?;
+        let zeroes = buffers.allocate(Order::PAGE).ok_or(Errno::NOMEM)?;
+        // It is there from now on: a copy from it is no fault.
+        buffers.write(zeroes.first(), 0, &[0; 8]);
         let mut state = State::new();
         state.managed = parts.managed.map(|ranges| ranges.into_iter().map(state::numbers).collect());
         for range in reserved::loaded_objects() {
@@ -164,7 +172,10 @@ impl Space {
             state.reserved.insert(state::numbers(range));
             state.own.insert(state::numbers(range));
         }
-        let mark = ForkMark::new()?;
+        let sentinel = parts.abilities.migrate.then(Sentinel::new).transpose()?;
+        if let Some(sentinel) = &sentinel {
+            state.reserved.insert(fork::above(sentinel));
+        }
         let servers = Servers::new()?;
         let space = Arc::new_cyclic(|this: &Weak<Space>| Space {
             id: SpaceId::new(),
@@ -173,10 +184,12 @@ impl Space {
             kernel,
             staging,
             buffers,
+            zeroes,
+            patience: parts.patience,
             state: Mutex::new(state),
             arrivals: Condvar::new(),
             servers,
-            mark,
+            sentinel,
             abilities: parts.abilities,
             max_registrations: parts.max_registrations,
             this: Weak::clone(this),
@@ -184,6 +197,7 @@ impl Space {
         });
         space.hook_forks()?;
         space.start_servers(parts.servers)?;
+        space.watch_forks()?;
         Ok(space)
     }
 
@@ -198,7 +212,7 @@ impl Space {
     /// Tells whether this is the process that attached, and not a child that inherited the bookkeeping
     /// without the servers, and that the space still exists.
     pub(crate) fn is_here(&self) -> bool {
-        self.mark.is_ours()
+        self.kernel.is_here()
     }
 
     /// Reads and applies what there is to read, and waits until no event is under way: from here the
@@ -212,6 +226,8 @@ impl Space {
             if self.kernel.uffd().changing() {
                 std::thread::yield_now();
             } else if state.zaps.is_empty() {
+                // Whatever forked is known by now.
+                state.released.clear();
                 return;
             } else {
                 self.zap(state);
@@ -227,9 +243,7 @@ impl Space {
             for message in messages.drain() {
                 if let Message::Fork(child) = message {
                     count(&self.counters.events, 1);
-                    if state.is_anything_out() {
-                        self.adopt_child(state, child);
-                    }
+                    self.adopt_child(state, child);
                 } else if let Some(range) = state.apply(message) {
                     count(&self.counters.events, 1);
                     // Whoever slept for a page of it finds out what became of the mapping.
@@ -241,6 +255,7 @@ impl Space {
                 Ok(count) if count > 0 => {}
                 Ok(_) | Err(Errno::AGAIN) => return,
                 Err(Errno::INTR) => {}
+                Err(error @ (Errno::MFILE | Errno::NFILE)) => self.make_room(state, error),
                 Err(error) => fatal("the userfaultfd cannot be read", error),
             }
         }

@@ -212,6 +212,10 @@ impl Pool {
                 if !self.is_occupied(range) {
                     return Ok(());
                 }
+                if !self.region.is_here() {
+                    // A child has no staging, and what it asked of the kernel its parent would get.
+                    return Ok(());
+                }
                 if kernel.uffd().is_retired() {
                     self.region.zap(range)?;
                 } else {
@@ -239,15 +243,23 @@ impl Pool {
     const WARM: u64 = 8;
 }
 
-impl Drop for Pool {
-    fn drop(&mut self) {
+impl Pool {
+    /// Ends the registration of staging, so that it may be unmapped without an event that nobody
+    /// reads.
+    pub(super) fn release(&self) {
         if let Kind::Staging { kernel, .. } = &self.kind
+            && self.region.is_here()
             && !kernel.uffd().is_retired()
             && let Err(error) = kernel.uffd().unregister(self.range())
         {
-            // To unmap it registered would be an event that nobody reads.
             fatal("staging cannot be given up", error);
         }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.release();
     }
 }
 

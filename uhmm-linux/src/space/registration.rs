@@ -87,6 +87,7 @@ impl Space {
             if state.registered.len() >= self.max_registrations {
                 return Err(Errno::NOMEM);
             }
+            self.arm(state)?;
             self.kernel.register(range_of(gap.clone()), how.modes())?;
             state.registered.insert(gap, how);
         }
@@ -140,7 +141,8 @@ impl Space {
                 self.wake(part);
             } else {
                 self.kernel.unregister(part)?;
-                state.registered.remove(piece);
+                state.registered.remove(piece.clone());
+                self.note_released(state, piece);
             }
         }
         Ok(())
@@ -149,9 +151,11 @@ impl Space {
     /// Gives up the registration of chunks that have nothing out. Where one cannot be given up it
     /// stays: that costs time and no contents.
     pub(super) fn sweep(&self, state: &mut State) {
-        while let Some(chunk) = state.emptied.pop_first() {
+        // One that is not given up is put back.
+        for chunk in std::mem::take(&mut state.emptied) {
             self.release_chunk(state, chunk);
         }
+        self.disarm(state);
     }
 
     /// Gives up the registration of a chunk if it has nothing out, and says whether it did.

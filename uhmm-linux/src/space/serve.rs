@@ -11,7 +11,7 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ use uhmm::{DevicePagemap, FaultError, Order, Page, PageRange};
 
 use super::state::{Fault, Place, State, chunk_of};
 use super::{Space, count, fatal, lock};
-use crate::sys::thread;
+use crate::sys::thread::{self, BusCode};
 
 /// How long a chunk that has become empty stays registered, and a fault waits that could not be
 /// served.
@@ -36,8 +36,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The servers of a space.
 pub(super) struct Servers {
     /// Can be read when the servers are to end.
-    stop: OwnedFd,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    pub(super) stop: OwnedFd,
+    /// Can be read when the leader is to look what there is to do.
+    bell: OwnedFd,
+    pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
     team: Mutex<Team>,
     turn: Condvar,
 }
@@ -58,6 +60,15 @@ enum Task {
     Settle,
 }
 
+/// Why a page does not come home.
+#[derive(Clone, Copy)]
+enum Failure {
+    /// There is no memory for it.
+    Memory,
+    /// Its device does not give it.
+    Device,
+}
+
 thread_local! {
     /// Whether this thread is the leader, which must not wait for anybody.
     static LEADING: Cell<bool> = const { Cell::new(false) };
@@ -68,7 +79,18 @@ type Tasks = SmallVec<[Task; 4]>;
 impl Servers {
     pub(super) fn new() -> Result<Servers, Errno> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
-        Ok(Servers { stop, threads: Mutex::default(), team: Mutex::default(), turn: Condvar::new() })
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Servers { stop, bell, threads: Mutex::default(), team: Mutex::default(), turn: Condvar::new() })
+    }
+
+    /// Returns a descriptor that means nothing to anybody else.
+    pub(super) fn bell(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+
+    fn ring(&self) {
+        // If this fails it is because it has been rung, and not been heard yet.
+        let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
     }
 
     /// Waits to be the leader; `false` if the servers are to end.
@@ -123,6 +145,7 @@ impl Space {
     pub(super) fn stop_servers(&self) {
         lock(&self.servers.team).stopping = true;
         self.servers.turn.notify_all();
+        self.servers.ring();
         if let Err(error) = rustix::io::write(&self.servers.stop, &1_u64.to_ne_bytes()) {
             fatal("the servers cannot be told to end", error);
         }
@@ -195,15 +218,22 @@ impl Space {
         let timeout = pause.map(|pause| {
             Timespec::try_from(pause).expect("a pause is short")
         });
-        let (uffd, stop) = (self.kernel.uffd().as_fd(), self.servers.stop.as_fd());
-        let mut fds = [PollFd::from_borrowed_fd(uffd, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+        let (uffd, bell) = (self.kernel.uffd().as_fd(), self.servers.bell.as_fd());
+        let both = [uffd, bell];
+        let mut fds = both.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         loop {
             match poll(&mut fds, timeout.as_ref()) {
-                Ok(_) => return fds[1].revents().is_empty(),
+                Ok(_) => break,
                 Err(Errno::INTR) => {}
                 Err(error) => fatal("the userfaultfd cannot be waited for", error),
             }
         }
+        if fds[1].revents().is_empty() {
+            return true;
+        }
+        // What rang before this read is seen by the look that follows it.
+        let _ = rustix::io::read(&self.servers.bell, &mut [0; 8]);
+        !lock(&self.servers.team).stopping
     }
 
     /// Serves the faults that have been read, as far as nobody can delay it.
@@ -220,13 +250,13 @@ impl Space {
                     state.await_isolation(isolation);
                 }
                 Place::Device(block) => {
-                    let (pagemap, order) = (Arc::clone(block.pagemap()), extent.order);
+                    let (pagemap, order) = (Arc::clone(block.pagemap()), extent.mapped());
                     tasks.push(Task::Home { pagemap, page: fault.page, order, fault });
                 }
                 Place::Held { .. } => tasks.push(Task::Revoke(fault.page)),
                 Place::Parked(_) => {
                     if self.release_block(state, first).parked > 0 {
-                        self.retry(state, fault);
+                        self.retry(state, fault, Failure::Memory);
                     }
                 }
             }
@@ -251,23 +281,48 @@ impl Space {
             }
             // Another has filled it, or it is not mapped any more: the thread finds out.
             Err(Errno::EXIST | Errno::NOENT | Errno::INVAL | Errno::SRCH) => self.wake(range),
-            Err(_) => self.retry(state, fault),
+            Err(_) => self.retry(state, fault, Failure::Memory),
         }
     }
 
-    /// Tries a fault again a little later, or tells the thread that it failed.
-    fn retry(&self, state: &mut State, fault: Fault) {
+    /// Tries a fault again a little later, or lets the access fail.
+    fn retry(&self, state: &mut State, fault: Fault, why: Failure) {
         let since = fault.failing_since.unwrap_or_else(Instant::now);
-        if since.elapsed() < PATIENCE {
-            state.retries.push(Fault { failing_since: Some(since), ..fault });
+        if since.elapsed() < self.patience {
+            self.try_later(state, Fault { failing_since: Some(since), ..fault });
+        } else {
+            self.refuse(state, fault, why);
+        }
+    }
+
+    /// Lets an access fail, as the kernel does where it cannot bring a page: a load or store by
+    /// `SIGBUS`, a system call by `EFAULT`. The page stays where it is.
+    ///
+    /// A thread of the program gets a signal, and the next touch is a new fault. Where a signal would
+    /// not do, which is in a system call and where `SIGBUS` is blocked, the page is poisoned until it
+    /// has come home after all.
+    fn refuse(&self, state: &mut State, fault: Fault, why: Failure) {
+        let Fault { page, thread, .. } = fault;
+        count(&self.counters.refused, 1);
+        let code = match why {
+            Failure::Memory => BusCode::NoMemory,
+            Failure::Device => BusCode::Hardware,
+        };
+        if thread::takes_sigbus(thread) && thread::send_sigbus(thread, page.address(), code).is_ok() {
             return;
         }
-        let Fault { page, .. } = fault;
-        count(&self.counters.poisoned, 1);
-        let poisoned = self.kernel.uffd().poison(page.into(), true);
-        if poisoned.result.is_err() {
+        state.poisoned.insert(super::state::numbers(page.into()));
+        if self.kernel.uffd().poison(page.into(), true).result.is_err() {
             self.wake(page.into());
         }
+        // It may come home by itself.
+        self.try_later(state, Fault { failing_since: Some(Instant::now()), ..fault });
+    }
+
+    fn try_later(&self, state: &mut State, fault: Fault) {
+        state.retries.push(fault);
+        // The leader may be waiting without a limit.
+        self.servers.ring();
     }
 
     /// Does a task if that takes nobody else.
@@ -305,9 +360,12 @@ impl Space {
             Ok(()) => self.look_after(page),
             Err(FaultError::Released) => {}
             Err(error) => {
-                tracing::warn!(target: "uhmm", %error, "will be tried again");
-                let mut state = self.lock();
-                self.retry(&mut state, fault);
+                tracing::warn!(target: "uhmm", %error, "a page does not come home");
+                let why = match error {
+                    FaultError::OutOfMemory { .. } => Failure::Memory,
+                    _ => Failure::Device,
+                };
+                self.retry(&mut self.lock(), fault, why);
             }
         }
     }
@@ -356,18 +414,21 @@ impl Space {
             }
             std::thread::sleep(PAUSE);
         }
-        self.stop_servers();
         let mut state = self.lock();
-        self.read_messages(&mut state);
         let registered: Vec<_> = state.registered.iter().map(|(range, _)| range.clone()).collect();
         for range in registered {
             // Closing the userfaultfd does what is left.
-            let _ = self.kernel.unregister(super::state::range_of(range));
+            let _ = self.kernel.unregister(super::state::range_of(range.clone()));
+            state.registered.remove(range.clone());
+            self.note_released(&mut state, range);
         }
-        state.registered = rangemap::RangeMap::new();
+        self.end_forks(&mut state);
         drop(state);
-        // From here on the kernel has nobody to wait for.
-        if let Err(error) = self.kernel.uffd().retire(self.servers.stop.as_fd()) {
+        self.stop_servers();
+        self.staging.release();
+        // From here on the kernel has nobody to wait for. A child may still have the descriptor, so
+        // this alone would not be enough.
+        if let Err(error) = self.kernel.uffd().retire(self.servers.bell()) {
             fatal("the userfaultfd cannot be closed", error);
         }
         self.settle();
@@ -395,7 +456,7 @@ impl Space {
 }
 
 /// Ends the process if it is dropped.
-struct AbortOnPanic;
+pub(super) struct AbortOnPanic;
 
 impl Drop for AbortOnPanic {
     fn drop(&mut self) {

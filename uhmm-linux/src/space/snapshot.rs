@@ -144,6 +144,8 @@ fn overlay(state: &State, range: PageRange, entries: &mut [PageEntry]) {
             let (residency, order) = residency(&extent.place, offset, extent.order);
             let access = match residency {
                 Residency::InTransit => Access::None,
+                // No CPU comes between.
+                Residency::Exclusive { .. } if entry.allowed >= Access::Write => Access::Atomic,
                 _ => entry.allowed,
             };
             *entry = PageEntry { residency, access, order, allowed: entry.allowed };

@@ -15,6 +15,7 @@
 //! ([`Aftermath`]): changes are *observed* here, not announced.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use mmu_notifier::{EventKind, Owner};
@@ -29,6 +30,8 @@ use crate::sys::userfaultfd::{Message, Messages};
 #[derive(Debug)]
 pub(super) struct Extent {
     pub(super) order: Order,
+    /// Whether it was one page to the CPUs as well.
+    pub(super) huge: bool,
     pub(super) place: Place,
 }
 
@@ -66,6 +69,8 @@ pub(super) enum Registered {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Fault {
     pub(super) page: Page,
+    /// Whose it is, as the kernel numbers threads.
+    pub(super) thread: u32,
     /// Since when it could not be served.
     pub(super) failing_since: Option<Instant>,
 }
@@ -113,6 +118,8 @@ pub(super) struct State {
     /// Pages that the program is discarding, that could not be dropped by us, and that must not move
     /// before they are gone.
     pub(super) doubtful: RangeSet<u64>,
+    /// Pages that no access reaches until they have come home.
+    pub(super) poisoned: RangeSet<u64>,
     /// Memory that serving a fault may need, and that therefore never moves.
     pub(super) reserved: RangeSet<u64>,
     /// Our own part of that, which never changes either, so that nobody need be told of changes.
@@ -128,8 +135,18 @@ pub(super) struct State {
     /// Those that are to be tried again a little later.
     pub(super) retries: Vec<Fault>,
     pub(super) aftermath: Aftermath,
-    /// Children that lack pages which are still on their way to them.
+    /// Children that lack pages which are still on their way to them. What they lack is out.
     pub(super) children: Vec<Child>,
+    /// What has been unregistered since there may have been a fork that has not been read of.
+    pub(super) released: RangeSet<u64>,
+    /// Whether forks are held back.
+    pub(super) armed: bool,
+    /// A descriptor to be closed when there is no room for that of a child.
+    pub(super) spare: Option<OwnedFd>,
+    /// Since when there has been no room for the descriptor of a child.
+    pub(super) crowded: Option<Instant>,
+    /// Where the next page goes that only children still need.
+    limbo: u64,
     /// What the program is discarding and we have yet to drop.
     pub(super) zaps: Vec<PageRange>,
     pub(super) messages: Messages,
@@ -140,6 +157,15 @@ pub(super) struct State {
     /// The address space has been taken apart.
     pub(super) over: bool,
     numbers: u64,
+}
+
+/// The first page of limbo: beyond what any processor addresses. Here are extents whose pages the
+/// program has unmapped or discarded, and which a child still has to get.
+const LIMBO: u64 = 1 << 46;
+
+/// Tells whether a page is in limbo, so that nobody has it mapped.
+pub(super) fn is_in_limbo(page: Page) -> bool {
+    page.number() >= LIMBO
 }
 
 /// The size of the pieces that are registered: a huge page.
@@ -155,6 +181,7 @@ impl State {
             registered: RangeMap::new(),
             watched: RangeSet::new(),
             doubtful: RangeSet::new(),
+            poisoned: RangeSet::new(),
             reserved: RangeSet::new(),
             own: RangeSet::new(),
             managed: None,
@@ -165,6 +192,11 @@ impl State {
             retries: Vec::new(),
             aftermath: Aftermath::default(),
             children: Vec::new(),
+            released: RangeSet::new(),
+            armed: false,
+            spare: None,
+            crowded: None,
+            limbo: LIMBO,
             zaps: Vec::new(),
             messages: Messages::new(),
             epoch: 0,
@@ -260,6 +292,13 @@ impl State {
         self.out.insert(first, extent);
     }
 
+    /// Notes that the block at `first` was one page to the CPUs.
+    pub(super) fn note_huge(&mut self, first: Page) {
+        if let Some(extent) = self.out.get_mut(&first) {
+            extent.huge = true;
+        }
+    }
+
     /// Takes the extent out that begins at `first`.
     pub(super) fn remove(&mut self, first: Page) -> Option<Extent> {
         let extent = self.out.remove(&first)?;
@@ -353,18 +392,19 @@ impl State {
     /// the range find them gone.
     pub(super) fn apply(&mut self, message: Message) -> Option<PageRange> {
         match message {
-            Message::Fault { address, .. } => {
-                self.faults.push_back(Fault { page: Page::containing(address), failing_since: None });
+            Message::Fault { address, thread, .. } => {
+                let page = Page::containing(address);
+                self.faults.push_back(Fault { page, thread, failing_since: None });
                 None
             }
-            // A child that inherits nothing that is out needs nobody: to close its descriptor makes
-            // its memory its own.
+            // Children are adopted before they come here.
             Message::Fork(_) => None,
             Message::Unmap(range) => {
                 self.epoch += 1;
                 self.registered.remove(numbers(range));
                 self.watched.remove(numbers(range));
                 self.doubtful.remove(numbers(range));
+                self.poisoned.remove(numbers(range));
                 Some(self.lose(EventKind::Unmap, range))
             }
             Message::Remove(range) => {
@@ -384,10 +424,24 @@ impl State {
 
     /// Drops what is out in `range`, which the program has unmapped or discarded.
     fn lose(&mut self, kind: EventKind, range: PageRange) -> PageRange {
-        let lost = self.take(range);
-        self.aftermath.doomed.extend(lost.into_iter().map(|(_, extent)| extent.place));
+        for (first, extent) in self.take(range) {
+            let block = numbers(first.block(extent.order));
+            if self.children.iter().any(|child| child.lacks(&block)) {
+                let to = self.place_in_limbo(extent.order);
+                self.children.iter_mut().for_each(|child| child.follow(&block, to));
+                self.insert(to, extent);
+            } else {
+                self.aftermath.doomed.push(extent.place);
+            }
+        }
         self.aftermath.changed.push((kind, range));
         range
+    }
+
+    fn place_in_limbo(&mut self, order: Order) -> Page {
+        let first = self.limbo.next_multiple_of(order.pages());
+        self.limbo = first + order.pages();
+        Page::new(first).expect("limbo is larger than what leaves in a lifetime")
     }
 
     /// Moves what is out, and how it is registered, along with its mapping.
@@ -410,6 +464,7 @@ impl State {
             let piece = range.start.max(numbers(from).start)..range.end.min(numbers(from).end);
             self.watched.insert(moved(piece.start)..moved(piece.end));
         }
+        self.children.iter_mut().for_each(|child| child.follow(&numbers(from), to));
         for (first, extent) in self.take(from) {
             let first = Page::new(moved(first.number())).expect("a mapping fits");
             self.insert_realigned(first, extent);
@@ -462,6 +517,16 @@ impl Place {
 }
 
 impl Extent {
+    /// Makes a block of pages that the CPUs had as single ones.
+    pub(super) fn new(order: Order, place: Place) -> Extent {
+        Extent { order, huge: false, place }
+    }
+
+    /// Returns the size that its pages had in the page table.
+    pub(super) fn mapped(&self) -> Order {
+        if self.huge { self.order } else { Order::PAGE }
+    }
+
     /// Cuts a block of more than one page in two.
     fn halve(self) -> [Extent; 2] {
         let order = Order::new(self.order.get() - 1).expect("a single page has no halves");
@@ -474,7 +539,7 @@ impl Extent {
             }
             Place::Parked(block) => halve_block(block, order).map(Place::Parked),
         };
-        places.map(|place| Extent { order, place })
+        places.map(|place| Extent { order, huge: false, place })
     }
 }
 

@@ -256,6 +256,9 @@ impl Space {
         let mut runs: SmallVec<[Run; 1]> = SmallVec::new();
         let undisturbed = self.move_out(state, token, pages, &staged, &mut runs);
         if undisturbed && matches!(runs[..], [Run { fate: Fate::Moved, .. }]) {
+            if order == CHUNK && self.is_huge(staged.range()) {
+                state.note_huge(first);
+            }
             isolation.enter(token, first, order, Contents::Staged(staged));
             return;
         }
@@ -267,6 +270,13 @@ impl Space {
             }
         }
         self.take_runs(state, isolation, token, pages, staged, &runs);
+    }
+
+    /// Tells whether a block is one page to the CPUs.
+    fn is_huge(&self, block: PageRange) -> bool {
+        let mut found = Vec::new();
+        let scanned = self.kernel.scan(block, Categories::HUGE, &mut found);
+        scanned.is_ok() && !found.is_empty()
     }
 
     /// Takes what of a block came out, in as many pieces as that takes.

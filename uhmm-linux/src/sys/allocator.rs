@@ -13,31 +13,36 @@
 //! nothing need be done around `fork`: the child goes on with what its parent had, without what
 //! other threads of the parent held in their hands at that moment.
 //!
-//! * `classes`: sizes of small objects.
-//! * `spans`: small objects, and the protocol.
+//! * `classes`: the sizes of small objects.
+//! * `spans` and `objects`: small objects; the protocol, and what it is used for.
 //! * `runs`: large ones.
 //! * `arena`: the memory.
 
 mod arena;
+mod atomics;
 mod classes;
+mod objects;
 mod runs;
 mod spans;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 use uhmm::{Page, PageRange};
 
-use self::arena::Arena;
-use self::spans::SHARDS;
+use self::arena::{Arena, SHARDS};
 
 /// The least that is reserved for the arena where addresses are plenty, in bytes.
 const LEAST_RESERVED: usize = 64 << 30;
 
 /// How many times the machine's memory is reserved for the arena: it is not compacted.
 const RESERVED_PER_MEMORY: usize = 4;
+
+/// How many spans of a class must be seen unused until their memory is returned, at least.
+const UNUSED_SPANS: u32 = 8;
 
 /// A global allocator whose memory never moves to a device, except what the program
 /// [says](movable) may.
@@ -292,6 +297,18 @@ fn begin() -> Option<&'static Arena> {
         unsafe { Arena::discard(new, bytes) };
     }
     existing()
+}
+
+/// Ends the process because the program has damaged its memory. Allocates nothing.
+#[cold]
+fn corrupted(what: &str) -> ! {
+    // SAFETY: if the program has closed it, or put another file there, then that is told, as with
+    // everything else that writes to the standard error.
+    let stderr = unsafe { BorrowedFd::borrow_raw(libc::STDERR_FILENO) };
+    // Where nobody can be told, the process ends all the same.
+    let _ = rustix::io::write(stderr, b"uhmm_linux::Allocator: ");
+    let _ = rustix::io::write(stderr, what.as_bytes());
+    std::process::abort()
 }
 
 /// Returns how many bytes of addresses to reserve.

@@ -19,6 +19,7 @@
 //! | | `MADV_WIPEONFORK` | 4.14 |
 //! | [`process_vm`] | process_vm_readv(2) and process_vm_writev(2) | 3.2 |
 //! | [`pidfd`] | pidfd_open(2) | 5.3 |
+//! | [`sentinel`] | userfaultfd(2)'s events of forks, in the order of addresses | 4.11 |
 //! | [`region`], [`thread`], [`objects`], [`fork`] | memory, threads, objects, fork | any |
 //!
 //! Together they need Linux 6.8. `abi` holds the numbers and structures that no crate has.
@@ -59,6 +60,7 @@ pub(crate) mod pagemap;
 pub(crate) mod pidfd;
 pub(crate) mod process_vm;
 pub(crate) mod region;
+pub(crate) mod sentinel;
 pub(crate) mod thread;
 pub(crate) mod userfaultfd;
 

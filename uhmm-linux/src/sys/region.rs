@@ -14,6 +14,7 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
+use rustix::process::Pid;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use uhmm::{Order, PAGE_SIZE, Page, PageRange};
 
@@ -32,6 +33,8 @@ const WORD: usize = size_of::<u64>();
 pub(crate) struct Region {
     base: NonNull<u8>,
     bytes: usize,
+    /// The process that has it, if its children do not.
+    only: Option<Pid>,
 }
 
 /// What is special about the memory of a [`Region`].
@@ -66,7 +69,7 @@ impl Region {
     /// the address space or of all memory forbids it, `EAGAIN` where a limit on locked memory does,
     /// which is charged for a moment under `MCL_FUTURE`. `EINVAL` where `bytes` is 0.
     pub(crate) fn reserve(bytes: usize, options: RegionOptions) -> Result<Region, Errno> {
-        let region = Region::map(bytes)?;
+        let mut region = Region::map(bytes)?;
         // Under MCL_FUTURE the mapping was born locked. Nothing has filled it yet, because it was
         // not accessible, and once it is unlocked nothing will.
         // SAFETY: the mapping is ours (invariant 1), and unlocking changes no contents.
@@ -76,6 +79,7 @@ impl Region {
         unsafe { rustix::mm::mprotect(region.pointer(), region.bytes, access) }?;
         if options.dont_fork {
             region.advise(Advice::LinuxDontFork)?;
+            region.only = Some(rustix::process::getpid());
         }
         if options.wipe_on_fork {
             region.advise(Advice::LinuxWipeOnFork)?;
@@ -90,6 +94,12 @@ impl Region {
             Ok(()) | Err(Errno::INVAL) => Ok(region),
             Err(error) => Err(error),
         }
+    }
+
+    /// Tells whether this process has the region: a child of the one that made it does not if it was
+    /// made with [`dont_fork`](RegionOptions::dont_fork), and must not touch it then.
+    pub(crate) fn is_here(&self) -> bool {
+        self.only.is_none_or(|process| process == rustix::process::getpid())
     }
 
     /// Like [`reserve`](Region::reserve), and as long as there is no room for `bytes`, tries half as
@@ -239,7 +249,7 @@ impl Region {
         // SAFETY: as above, what is after it.
         unsafe { unmap(base.wrapping_byte_add(bytes), mapped - bytes - before) };
         let base = NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)?;
-        Ok(Region { base, bytes })
+        Ok(Region { base, bytes, only: None })
     }
 
     /// Gives the kernel advice about the whole region that changes none of its contents.
@@ -280,6 +290,10 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
+        if !self.is_here() {
+            // Whatever a child has at this address is its own.
+            return;
+        }
         // SAFETY: the mapping is ours (invariant 1), and nothing borrows from `self` any more.
         unsafe { unmap(self.pointer(), self.bytes) };
     }

@@ -128,6 +128,75 @@ pub(crate) fn set_affinity(tid: u32, cpus: &[u32]) -> Result<(), Errno> {
     rustix::thread::sched_setaffinity(Some(tid), &set)
 }
 
+/// What a `SIGBUS` says went wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BusCode {
+    /// `BUS_ADRERR`: there is no memory for the page.
+    NoMemory,
+    /// `BUS_OBJERR`: what has the page does not give it.
+    Hardware,
+}
+
+/// Tells whether a signal would end a wait of thread `tid` of this process for a page: it waits in
+/// its own code and not in a system call, and does not block `SIGBUS`. Allocates nothing.
+pub(crate) fn takes_sigbus(tid: u32) -> bool {
+    let mut text = [0_u8; 4096];
+    // Where it waits in its own code, the number of its system call is -1.
+    let outside = read_of(tid, "syscall", &mut text).is_ok_and(|length| text[..length].starts_with(b"-1 "));
+    outside
+        && read_of(tid, "status", &mut text).ok().and_then(|length| blocked_in(&text[..length]))
+            .is_some_and(|blocked| blocked & (1 << (libc::SIGBUS - 1)) == 0)
+}
+
+/// Finds the set of blocked signals in the text of a `status` file.
+fn blocked_in(status: &[u8]) -> Option<u64> {
+    let mut lines = status.split(|&byte| byte == b'\n');
+    let digits = lines.find_map(|line| line.strip_prefix(b"SigBlk:\t"))?;
+    u64::from_str_radix(str::from_utf8(digits).ok()?.trim(), 16).ok()
+}
+
+/// Sends thread `tid` of this process the signal that the kernel sends where it cannot bring a page.
+///
+/// # Errors
+///
+/// `ESRCH` if there is no such thread; `EAGAIN` if too many signals are queued.
+pub(crate) fn send_sigbus(tid: u32, address: u64, code: BusCode) -> Result<(), Errno> {
+    let tid = i32::try_from(tid).map_err(|_| Errno::SRCH)?;
+    let process = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: all zeroes are a `siginfo_t`.
+    let mut info: libc::siginfo_t = unsafe { core::mem::zeroed() };
+    info.si_signo = libc::SIGBUS;
+    info.si_code = match code {
+        BusCode::NoMemory => libc::BUS_ADRERR,
+        BusCode::Hardware => libc::BUS_OBJERR,
+    };
+    let fields = (&raw mut info).cast::<u64>();
+    // SAFETY: the address is the first of the fields that depend on the signal, 16 bytes into a
+    // structure of 128 (sigaction(2), x86-64 and all other 64-bit machines).
+    let si_addr = unsafe { fields.add(2) };
+    // SAFETY: it lies within `info`, and is aligned like it.
+    unsafe { si_addr.write(address) };
+    // SAFETY: the kernel reads `info`. A thread that does not expect the signal ends, like one for
+    // which the kernel itself cannot bring a page.
+    let sent = unsafe {
+        libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, tid, libc::SIGBUS, &raw const info)
+    };
+    match sent {
+        0 => Ok(()),
+        _ => Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)),
+    }
+}
+
+/// Reads a file of thread `tid` of this process, as much of it as there is room for.
+fn read_of(tid: u32, name: &str, text: &mut [u8]) -> Result<usize, Errno> {
+    let mut path = [0_u8; 48];
+    let mut rest = &mut path[..];
+    write!(rest, "/proc/self/task/{tid}/{name}").map_err(|_| Errno::NAMETOOLONG)?;
+    let length = path.iter().position(|&byte| byte == 0).unwrap_or(path.len());
+    let file = rustix::fs::open(&path[..length], OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::read(&file, text)
+}
+
 /// Returns the processor that the calling thread runs on, or did a moment ago.
 pub(crate) fn getcpu() -> u32 {
     u32::try_from(rustix::thread::sched_getcpu()).expect("processors are numbered by 32 bits")
@@ -139,14 +208,9 @@ pub(crate) fn getcpu() -> u32 {
 ///
 /// `ENOENT` or `ESRCH` if there is no such thread; `EIO` if `/proc` says something unheard of.
 pub(crate) fn processor_of(tid: u32) -> Result<u32, Errno> {
-    let mut path = [0_u8; 48];
-    let mut rest = &mut path[..];
-    write!(rest, "/proc/self/task/{tid}/stat").map_err(|_| Errno::NAMETOOLONG)?;
-    let length = path.iter().position(|&byte| byte == 0).unwrap_or(path.len());
-    let file = rustix::fs::open(&path[..length], OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     // The name in the second field is at most 64 bytes, each of the others a number.
     let mut text = [0_u8; 2048];
-    let length = rustix::io::read(&file, &mut text)?;
+    let length = read_of(tid, "stat", &mut text)?;
     processor_in(&text[..length]).ok_or(Errno::IO)
 }
 

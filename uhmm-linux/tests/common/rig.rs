@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use uhmm::policy::Policies;
 use uhmm::{
-    Access, Clock, DevicePagemap, FaultError, Injector, Mirror, Page, PageEntry, PageRange,
-    PagemapOptions, RangeFault, Residency,
+    Access, Clock, CopyJob, DeviceFrame, DeviceMemory, DevicePagemap, FaultError, Frame, Injector,
+    Mirror, Order, OutOfDeviceMemory, Page, PageEntry, PageRange, PagemapOptions, RangeFault,
+    Residency, SystemMemory,
 };
-use uhmm_linux::{Options, Process};
+use uhmm_linux::{HostMemory, Options, Process};
 
-use super::device::{Defect, TestDevice};
+use super::device::{Defect, Host, TestDevice};
 
 /// A device with memory of its own, and its steps `allocate`, `copy` and `clear` on demand.
 pub(crate) struct Gpu {
@@ -42,7 +43,17 @@ impl Gpu {
     /// Makes one that reports call by this name.
     pub(crate) fn named(name: &str, pages: u64) -> Gpu {
         let injector = Injector::new();
-        let device = TestDevice::new(pages, injector.clone(), Defect::None);
+        Gpu::of(name, TestDevice::new(pages, injector.clone(), Defect::None), injector)
+    }
+
+    /// Makes one whose memory is the process's own, so that nothing is copied.
+    pub(crate) fn in_place(name: &str, pages: u64, process: &Process) -> Gpu {
+        let host = InPlace { host: process.host_memory(pages), memory: process.backend().memory() };
+        let injector = Injector::new();
+        Gpu::of(name, TestDevice::in_place(Arc::new(host), injector.clone()), injector)
+    }
+
+    fn of(name: &str, device: Arc<TestDevice>, injector: Injector) -> Gpu {
         // A clock that stands still: blocks are evicted in the order of their places.
         let options = PagemapOptions::new()
             .name(name.to_owned())
@@ -57,6 +68,48 @@ impl Gpu {
     pub(crate) fn mirror(&self, process: &Process, range: PageRange) -> TestMirror {
         let mirror = process.mirror_with(&self.device, range, &self.pagemap);
         mirror.unwrap_or_else(|error| panic!("{range} cannot be mirrored: {error}"))
+    }
+}
+
+/// Memory of the process's own, as a device of the process reaches it.
+struct InPlace {
+    host: Arc<HostMemory>,
+    memory: Arc<dyn SystemMemory>,
+}
+
+impl Host for InPlace {
+    fn read(&self, frame: DeviceFrame, offset: usize, bytes: &mut [u8]) {
+        self.memory.read(Frame(frame.0), offset, bytes);
+    }
+
+    fn write(&self, frame: DeviceFrame, offset: usize, bytes: &[u8]) {
+        self.memory.write(Frame(frame.0), offset, bytes);
+    }
+}
+
+impl DeviceMemory for InPlace {
+    fn capacity(&self) -> u64 {
+        self.host.capacity()
+    }
+
+    fn allocate(&self, order: Order) -> Result<DeviceFrame, OutOfDeviceMemory> {
+        self.host.allocate(order)
+    }
+
+    fn adopt(&self, memory: &dyn SystemMemory, from: Frame, order: Order) -> Option<DeviceFrame> {
+        self.host.adopt(memory, from, order)
+    }
+
+    fn in_place(&self, memory: &dyn SystemMemory, frame: DeviceFrame) -> Option<Frame> {
+        self.host.in_place(memory, frame)
+    }
+
+    fn free(&self, frame: DeviceFrame, order: Order) {
+        self.host.free(frame, order);
+    }
+
+    fn copy(&self, memory: &dyn SystemMemory, jobs: &mut [CopyJob]) {
+        self.host.copy(memory, jobs);
     }
 }
 

@@ -149,6 +149,7 @@ mod mapping;
 mod object;
 mod page_table;
 mod pin;
+mod placement;
 mod process;
 mod ram;
 mod reclaim;

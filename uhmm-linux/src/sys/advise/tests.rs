@@ -76,8 +76,9 @@ fn populating_stops_at_what_has_no_page() {
     let memory = Mapping::anonymous(2);
     let guard = memory.pages(1..2);
     // SAFETY: the memory is the test's, and nobody touches it.
-    match unsafe { libc::madvise(super::super::testing::pointer(guard.first()), PAGE_SIZE, MADV_GUARD_INSTALL) }
-    {
+    match unsafe {
+        libc::madvise(super::super::testing::pointer(guard.first()), PAGE_SIZE, MADV_GUARD_INSTALL)
+    } {
         0 => assert_eq!(both(memory.range()), [Err(Errno::FAULT); 2]),
         _ => eprintln!("NOT TESTED: guards need Linux 6.13"),
     }

@@ -14,21 +14,22 @@ use core::alloc::Layout;
 use core::ffi::c_void;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use uhmm::{PAGE_SIZE, PageRange};
 
 use super::classes::{ALL, CLASSES, class_for};
+use super::corrupted;
+use super::objects::{Object, Objects, Shard};
 use super::runs::{Run, Runs, SPAN_BYTES, Summary};
-use super::spans::{ClassSpans, Freed, SHARDS, Shard, Span, Spans, Use};
+use super::spans::{ClassSpans, Span, Spans, Use};
 
 /// How many spans are made accessible at once: 4 MiB.
 const STEP_SPANS: u32 = 64;
 
-/// How many spans of a class must be seen unused until their memory is returned, at least.
-const UNUSED_SPANS: u32 = 8;
+/// How many sets of current spans there are; threads are spread over them.
+pub(super) const SHARDS: usize = 16;
 
 /// The least that is worth reserving, in bytes.
 const SMALLEST: usize = 64 << 20;
@@ -223,8 +224,9 @@ impl Arena {
         }
         match self.spans().span(number).usage() {
             Use::Class(class) => {
-                let object = ALL[class].object_at((offset % SPAN_BYTES) as u32);
-                self.free_object(number, class, object, shard);
+                let index = ALL[class].object_at((offset % SPAN_BYTES) as u32);
+                let returned = |number| self.give_back(number, 1);
+                self.objects(shard).give_back(Object { span: number, index }, class, returned);
             }
             Use::Run if offset.is_multiple_of(SPAN_BYTES) => {
                 self.spans().span(number).set_usage(Use::None);
@@ -263,100 +265,20 @@ impl Arena {
         }
     }
 
-    /// Takes an object of a class.
+    /// Allocates an object of a class.
     #[inline]
     fn allocate_object(&self, class: usize, shard: usize) -> *mut u8 {
-        // Acquire: pairs with `make_current`, so that the span's data is accessible.
-        let current = self.shards[shard].current[class].load(Ordering::Acquire);
-        match self.take_object(current, class) {
-            Some(pointer) => pointer,
-            None => self.allocate_object_elsewhere(class, shard),
+        let fresh = || self.take(1, 1).map(|run| run.first);
+        match self.objects(shard).take(class, fresh) {
+            Some(object) => self.at(object.span, object.index * ALL[class].size),
+            None => core::ptr::null_mut(),
         }
     }
 
-    /// Takes an object of a class, where the current span has none.
-    #[cold]
-    #[inline(never)]
-    fn allocate_object_elsewhere(&self, class: usize, shard: usize) -> *mut u8 {
-        while let Some(number) = self.spans().unlist(class) {
-            self.make_current(number, class, shard);
-            if let Some(pointer) = self.take_object(number, class) {
-                return pointer;
-            }
-        }
-        let Some(run) = self.take(1, 1) else { return core::ptr::null_mut() };
-        // Relaxed: a number that nothing else hangs on.
-        self.classes[class].spans.fetch_add(1, Ordering::Relaxed);
-        let span = self.spans().span(run.first);
-        span.set_usage(Use::Class(class));
-        span.fill(ALL[class]);
-        self.make_current(run.first, class, shard);
-        self.at(run.first, 0)
-    }
-
-    /// Takes an object of a class in a span, which may be none.
+    /// Returns the small objects as the threads of a shard see them.
     #[inline]
-    fn take_object(&self, number: u32, class: usize) -> Option<*mut u8> {
-        if number == 0 {
-            return None;
-        }
-        let span = self.spans().span(number);
-        let object = span.take(ALL[class])?;
-        match span.usage() {
-            Use::Class(actual) if actual == class => {
-                Some(self.at(number, object * ALL[class].size))
-            }
-            Use::Class(actual) => {
-                // It has changed hands since we last heard of it (rule 1 of `spans`).
-                span.give_back(ALL[actual], object);
-                self.spans().list(number);
-                None
-            }
-            Use::None | Use::Run => corrupted("a span without a class has free objects\n"),
-        }
-    }
-
-    /// Makes a span the current one, and sees to it that what is free in the one before is found.
-    fn make_current(&self, number: u32, class: usize, shard: usize) {
-        // SeqCst: rule 3 of `spans`; as a release it pairs with `allocate_object`.
-        let before = self.shards[shard].current[class].swap(number, Ordering::SeqCst);
-        if before != 0 && before != number {
-            self.spans().list(before);
-        }
-    }
-
-    /// Gives an object back.
-    #[inline]
-    fn free_object(&self, number: u32, class: usize, object: u32, shard: usize) {
-        let span = self.spans().span(number);
-        let freed = span.give_back(ALL[class], object);
-        // SeqCst: rule 3 of `spans`.
-        let current = self.shards[shard].current[class].load(Ordering::SeqCst);
-        if current != number && !span.is_listed() {
-            self.spans().list(number);
-        }
-        match freed {
-            Freed::Object => {}
-            Freed::Twice => corrupted("freed memory twice\n"),
-            Freed::LastOfWord => {
-                // What a thread allocates from it will go on to allocate from.
-                if current != number && span.is_unused(ALL[class]) {
-                    self.return_unused(class);
-                }
-            }
-        }
-    }
-
-    /// Returns the unused spans of a class if there are many; called for each that is seen.
-    #[cold]
-    fn return_unused(&self, class: usize) {
-        let spans = &self.classes[class];
-        // Relaxed: numbers that only say when to look.
-        let unused = spans.unused.fetch_add(1, Ordering::Relaxed) + 1;
-        if unused >= UNUSED_SPANS.max(spans.spans.load(Ordering::Relaxed) / 4) {
-            spans.unused.store(0, Ordering::Relaxed);
-            self.spans().return_unused(class, |number| self.give_back(number, 1));
-        }
+    fn objects(&self, shard: usize) -> Objects<'_> {
+        Objects { spans: self.spans(), shard: &self.shards[shard] }
     }
 
     /// Takes a run for a layout that no class fits.
@@ -455,17 +377,13 @@ impl Arena {
     #[cfg(test)]
     pub(super) fn check(&self) {
         let committed = self.committed.load(Ordering::SeqCst);
-        let mut of_class = [0; CLASSES];
         for number in self.parts.first..committed {
-            let Use::Class(class) = self.spans().span(number).usage() else { continue };
-            of_class[class] += 1;
+            let span = self.spans().span(number);
+            let Use::Class(class) = span.usage() else { continue };
             assert!(self.runs().is_used(number), "span {number} has a class and is free");
-            let current = |shard: &Shard| shard.current[class].load(Ordering::SeqCst) == number;
-            let found = self.shards.iter().any(current) || self.spans().span(number).is_listed();
-            assert!(found || !self.spans().span(number).has_free(), "span {number} is forgotten");
-        }
-        for (class, &spans) in of_class.iter().enumerate() {
-            assert_eq!(self.classes[class].spans.load(Ordering::SeqCst), spans);
+            let current = self.shards.iter().any(|shard| shard.has_current(number, class));
+            let found = current || span.is_listed() || !span.has_free();
+            assert!(found, "what is free in span {number} is forgotten");
         }
         self.spans().check(self.parts.first..committed);
         self.runs().check();
@@ -487,18 +405,6 @@ impl Arena {
 /// Returns how many spans `bytes` bytes take; more than there are where that is no number.
 fn spans_of(bytes: usize) -> u32 {
     u32::try_from(bytes.div_ceil(SPAN_BYTES)).unwrap_or(u32::MAX)
-}
-
-/// Ends the process because the program has damaged its memory. Allocates nothing.
-#[cold]
-fn corrupted(what: &str) -> ! {
-    // SAFETY: if the program has closed it, or put another file there, then that is told, as with
-    // everything else that writes to the standard error.
-    let stderr = unsafe { BorrowedFd::borrow_raw(libc::STDERR_FILENO) };
-    // Where nobody can be told, the process ends all the same.
-    let _ = rustix::io::write(stderr, b"uhmm_linux::Allocator: ");
-    let _ = rustix::io::write(stderr, what.as_bytes());
-    std::process::abort()
 }
 
 /// Makes `bytes` bytes from `start`, rounded up to pages, accessible.

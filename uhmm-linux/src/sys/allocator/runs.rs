@@ -8,7 +8,7 @@
 //! give back large buffers in a loop would otherwise spend their time in faults. A second bit says
 //! which spans may hold old contents, so that whoever needs zeroes knows where to write them.
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use super::atomics::{AtomicU32, AtomicU64, Ordering};
 
 /// The bytes of a span.
 pub(super) const SPAN_BYTES: usize = 1 << 16;

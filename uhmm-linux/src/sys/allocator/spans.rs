@@ -28,12 +28,8 @@
 //! the others, who find another. That is more than speed: a thread may fault on its own stack in the
 //! middle of anything here, and who serves that fault allocates.
 
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
-
+use super::atomics::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use super::classes::{ALL, CLASSES, Class, MOST_OBJECTS};
-
-/// How many sets of current spans there are; threads are spread over them.
-pub(super) const SHARDS: usize = 16;
 
 /// The bits of a word.
 const BITS: u32 = u64::BITS;
@@ -76,13 +72,6 @@ pub(super) enum Freed {
     Twice,
 }
 
-/// The current spans of the threads of a shard, one of each class, 0 for none.
-#[derive(Debug)]
-#[repr(C, align(64))]
-pub(super) struct Shard {
-    pub(super) current: [AtomicU32; CLASSES],
-}
-
 /// What is known of the spans of a class; zeroes to begin with.
 #[derive(Debug)]
 #[repr(C, align(64))]
@@ -91,12 +80,29 @@ pub(super) struct ClassSpans {
     /// half how often it has changed.
     partial: AtomicU64,
     /// How many spans have this class.
-    pub(super) spans: AtomicU32,
+    spans: AtomicU32,
     /// How often a span was found with no object in use since that was last looked into.
-    pub(super) unused: AtomicU32,
+    unused: AtomicU32,
+}
+
+#[cfg(test)]
+impl ClassSpans {
+    /// Makes what is known of a class without spans.
+    pub(super) fn new() -> ClassSpans {
+        let (partial, spans) = (AtomicU64::new(0), AtomicU32::new(0));
+        ClassSpans { partial, spans, unused: AtomicU32::new(0) }
+    }
 }
 
 impl Span {
+    /// Makes a span that belongs to nobody.
+    #[cfg(test)]
+    pub(super) fn new() -> Span {
+        let [class, hint, next] = [const { AtomicU32::new(0) }; 3];
+        let free = [const { AtomicU64::new(0) }; MOST_OBJECTS / BITS as usize];
+        Span { class, hint, next, listed: AtomicBool::new(false), free }
+    }
+
     /// Returns what the span is used for.
     #[inline]
     pub(super) fn usage(&self) -> Use {
@@ -194,8 +200,9 @@ impl Span {
 
     /// Tells whether an object was free at some moment.
     pub(super) fn has_free(&self) -> bool {
-        // SeqCst: rule 2 of the module.
-        self.free.iter().any(|free| free.load(Ordering::SeqCst) != 0)
+        let Use::Class(class) = self.usage() else { return false };
+        // SeqCst: rules 2 and 3 of the module.
+        (0..ALL[class].words()).any(|word| self.free[word].load(Ordering::SeqCst) != 0)
     }
 
     /// Tells whether each object was free at some moment, not necessarily the same one.
@@ -258,6 +265,27 @@ impl<'a> Spans<'a> {
         unsafe { &*span }
     }
 
+    /// Makes a span, which is the caller's, one of `class`. The first object is the caller's.
+    pub(super) fn begin(self, number: u32, class: usize) {
+        // Relaxed: a number that nothing else hangs on.
+        self.classes[class].spans.fetch_add(1, Ordering::Relaxed);
+        self.span(number).set_usage(Use::Class(class));
+        self.span(number).fill(ALL[class]);
+    }
+
+    /// Notes that a span of a class was seen unused. Tells whether that were `at_least` as many since
+    /// the last time that it did, and at least a quarter of all.
+    pub(super) fn saw_unused(self, class: usize, at_least: u32) -> bool {
+        let spans = &self.classes[class];
+        // Relaxed, all three: they only say when to look.
+        let unused = spans.unused.fetch_add(1, Ordering::Relaxed) + 1;
+        if unused < at_least.max(spans.spans.load(Ordering::Relaxed) / 4) {
+            return false;
+        }
+        spans.unused.store(0, Ordering::Relaxed);
+        true
+    }
+
     /// Puts a span on the list of its class, unless it is on a list or is of no class.
     pub(super) fn list(self, number: u32) {
         let span = self.span(number);
@@ -268,8 +296,8 @@ impl<'a> Spans<'a> {
                 return;
             }
             span.listed.store(false, Ordering::SeqCst);
-            // It was returned. Has it been made for a class since? Then who freed an object of it
-            // may have seen the flag.
+            // It was returned. Has it been made for a class since? Then who has freed an object of it
+            // may have seen our flag.
         }
     }
 
@@ -322,7 +350,12 @@ impl<'a> Spans<'a> {
     #[cfg(test)]
     pub(super) fn check(self, numbers: std::ops::Range<u32>) {
         let mut listed = std::collections::BTreeSet::new();
-        for class in self.classes {
+        let of_class = |class| {
+            let is_of = |&number: &u32| self.span(number).usage() == Use::Class(class);
+            numbers.clone().filter(is_of).count()
+        };
+        for (index, class) in self.classes.iter().enumerate() {
+            assert_eq!(class.spans.load(Ordering::SeqCst) as usize, of_class(index));
             let mut next = class.partial.load(Ordering::SeqCst) as u32;
             while next != 0 {
                 assert!(numbers.contains(&next), "{next} is no span");
@@ -332,9 +365,13 @@ impl<'a> Spans<'a> {
         }
         for number in numbers {
             assert_eq!(self.span(number).is_listed(), listed.contains(&number), "span {number}");
-            if !matches!(self.span(number).usage(), Use::Class(_)) {
-                assert!(!self.span(number).has_free(), "span {number} has objects and no class");
-            }
+            let span = self.span(number);
+            let words = match span.usage() {
+                Use::Class(class) => ALL[class].words(),
+                Use::None | Use::Run => 0,
+            };
+            let stray = span.free[words..].iter().any(|free| free.load(Ordering::SeqCst) != 0);
+            assert!(!stray, "span {number} has objects that are not of its class");
         }
     }
 

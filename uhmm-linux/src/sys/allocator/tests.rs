@@ -452,7 +452,9 @@ fn what_is_freed_twice_or_was_never_allocated_ends_the_process() {
         // In the arena's own data, in the middle of what is accessible, and in what is not.
         for never in [0, 10 * SPAN_BYTES, 60 * SPAN_BYTES, SMALL_ARENA - 1] {
             let never = start(Fork::Hooked, || {
-                free(arena(), never, small, 0);
+                let arena = arena();
+                take(arena, small, 0).expect("there is room");
+                free(arena, never, small, 0);
                 true
             });
             assert_eq!(never.end(), End::Signal(libc::SIGABRT));

@@ -212,15 +212,16 @@ fn lines_of_the_text_are_understood() {
     let (vma, name) = parse_mapping(line).expect("a mapping");
     assert_eq!(vma.range, PageRange::new(0x7f00_0000_1000, 0x2000).expect("a range"));
     assert_eq!((vma.offset, vma.device, vma.inode), (0x2000, (0xfd, 0x1a), 77));
-    assert_eq!(
-        (vma.readable, vma.writable, vma.executable, vma.shared),
-        (true, true, false, true)
-    );
+    assert_eq!((vma.readable, vma.writable, vma.executable, vma.shared), (true, true, false, true));
     assert_eq!(name, b"/a b-c");
     let (_, name) = parse_mapping(b"1000-2000 ---p 00000000 00:00 0 ").expect("a mapping");
     assert_eq!(name, b"");
-    let others: [&[u8]; 4] =
-        [b"", b"Size:                  4 kB", b"VmFlags: rd wr mr mw me ac", b"2000-1000 ---p 0 0:0 0"];
+    let others: [&[u8]; 4] = [
+        b"",
+        b"Size:                  4 kB",
+        b"VmFlags: rd wr mr mw me ac",
+        b"2000-1000 ---p 0 0:0 0",
+    ];
     assert!(others.iter().all(|line| parse_mapping(line).is_none()));
     assert_eq!(parse_page_size(b"KernelPageSize:     2048 kB"), Some(2 << 20));
     assert_eq!(parse_page_size(b"MMUPageSize:           4 kB"), None);

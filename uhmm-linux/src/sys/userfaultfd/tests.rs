@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::mm::{MapFlags, MremapFlags, ProtFlags};
+use uhmm::Order;
 
 use super::super::advise;
 use super::super::testing::{
@@ -113,7 +114,14 @@ fn what_was_registered_is_registered_in_the_last_modes() {
     register(&uffd, &memory, MISSING);
     register(&uffd, &memory, Modes::WP);
     // Were it still told of missing pages, this would wait for ever.
-    assert_eq!(start({ let page = memory.page(0); move || load(page) }).done(), 0);
+    assert_eq!(
+        start({
+            let page = memory.page(0);
+            move || load(page)
+        })
+        .done(),
+        0
+    );
 }
 
 #[test]
@@ -442,42 +450,45 @@ fn what_is_unregistered_reads_as_zeroes_and_nobody_sleeps_on() {
 
 /// The kernel loses a thread that faults while its range is being unregistered, unless it is woken
 /// once more. The two meet within a microsecond, so the test goes through the delays, as often as
-/// it can in its time.
+/// it can in its time. Each fault is the first in its 2 MiB: it makes the page table before it
+/// begins to wait, which gives the other side time to come between.
 #[test]
 fn a_fault_in_flight_survives_unregistering() {
     const TIME: Duration = Duration::from_secs(2);
     const END: u64 = u64::MAX;
     let Some(uffd) = userfaultfd(Features::empty()) else { return };
-    let memory = Mapping::anonymous(1);
-    let page = memory.page(0);
+    let memory = Mapping::huge(8192).into_range();
+    let mut blocks = memory.blocks(Order::HUGE);
     // Odd from when the thread is to load the page until it has done so.
     let round = Arc::new(AtomicU64::new(0));
     let loading = start({
-        let round = round.clone();
+        let (round, blocks) = (round.clone(), blocks.clone());
         move || {
-            for turn in (1..).step_by(2) {
+            for (block, turn) in blocks.zip((1..).step_by(2)) {
                 if await_round(&round, turn) == END {
                     break;
                 }
-                assert_eq!(load(page), 0);
+                assert_eq!(load(block.first()), 0);
                 round.store(turn + 1, Ordering::Release);
             }
         }
     });
     let start = Instant::now();
     for turn in (1..).step_by(2) {
-        if start.elapsed() > TIME {
-            break;
-        }
-        register(&uffd, &memory, MISSING);
+        let Some(block) = blocks.next().filter(|_| start.elapsed() < TIME) else { break };
+        let page = PageRange::from(block.first());
+        uffd.register(page, MISSING).expect("it can be registered");
         round.store(turn, Ordering::Release);
         (0..turn / 2 % 20).for_each(|_| std::hint::spin_loop());
-        uffd.unregister(memory.range()).expect("it is registered");
+        uffd.unregister(page).expect("it is registered");
         await_round(&round, turn + 1);
-        advise::dontneed(memory.range()).expect("memory");
+        unmap(block);
     }
     round.store(END, Ordering::Release);
     loading.done();
+    if let Some(rest) = blocks.next() {
+        unmap(PageRange::from_bounds(rest.first(), memory.last()).expect("the rest"));
+    }
 }
 
 /// Waits until a counter has come to `value`, spinning so as to go on at once. Acquire, against
@@ -574,7 +585,9 @@ fn remapping_that_leaves_the_old_mapping_is_told_once() {
     let (from, to) = (memory.range(), place.range());
     let flags = MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP;
     let moving = start(move || remap(from, to, 2, flags));
-    assert!(matches!(Reader::new(&uffd).next(), Message::Remap { to: new, .. } if new == to.first()));
+    assert!(
+        matches!(Reader::new(&uffd).next(), Message::Remap { to: new, .. } if new == to.first())
+    );
     moving.done();
     assert_eq!(uffd.read_now(&mut Messages::new()), Err(Errno::AGAIN));
 }
@@ -761,7 +774,10 @@ fn a_read_waits_and_a_wait_can_be_stopped() {
         let uffd = uffd.clone();
         move || {
             let mut messages = Messages::new();
-            (uffd.read(&mut messages), messages.take().map(|message| matches!(message, Message::Fault { .. })))
+            (
+                uffd.read(&mut messages),
+                messages.take().map(|message| matches!(message, Message::Fault { .. })),
+            )
         }
     });
     let page = memory.page(0);

@@ -39,6 +39,15 @@ pub(crate) enum Changes {
     Observed,
 }
 
+/// Where the devices have their memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Devices {
+    /// In memory of their own, which pages are copied to and from.
+    Apart,
+    /// In the process's own: pages move there and back, and nothing is copied.
+    InPlace,
+}
+
 /// The name of the test that [`puppet::serve`] is run in.
 pub(crate) const PUPPET: &str = "puppet";
 
@@ -48,6 +57,7 @@ pub(crate) const PUPPET_OF: &str = "UHMM_TEST_PUPPET_OF";
 /// The processes of a story.
 pub(crate) struct Puppets {
     changes: Changes,
+    devices: Devices,
     address: String,
     listener: UnixListener,
     scene: String,
@@ -72,7 +82,7 @@ enum From {
 }
 
 impl Puppets {
-    pub(crate) fn new(changes: Changes) -> Puppets {
+    pub(crate) fn new(changes: Changes, devices: Devices) -> Puppets {
         let address = format!("uhmm-test-{}", std::process::id());
         let name = SocketAddr::from_abstract_name(&address).expect("a short name");
         let listener = UnixListener::bind_addr(&name).expect("nobody else has our number");
@@ -80,6 +90,7 @@ impl Puppets {
         rustix::process::set_child_subreaper(own).expect("prctl");
         Puppets {
             changes,
+            devices,
             address,
             listener,
             scene: String::new(),
@@ -215,7 +226,7 @@ impl Executor for Puppets {
             rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).expect("it is open");
         }
         let scene = OperationFile { lines: Vec::new(), ..file.clone() };
-        self.scene = format!("{:?}\n", self.changes);
+        self.scene = format!("{:?} {:?}\n", self.changes, self.devices);
         for (name, fd) in &self.files {
             self.scene += &format!("{name} {}\n", fd.as_raw_fd());
         }
@@ -372,6 +383,9 @@ impl Executor for Puppets {
     }
 
     fn fail(&mut self, injection: Injection, after: u64) -> Outcome<()> {
+        if puppet::steps_of(injection).is_empty() {
+            return Err(Obstacle::Unsupported(format!("{} is the kernel's", injection.step())));
+        }
         self.plans.retain(|&(planned, _)| planned != injection);
         self.plans.push((injection, after));
         Ok(())

@@ -3,26 +3,24 @@
 use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 
 use uhmm::operations::{
     Advice, Answer, DeviceName, Executor, FileName, Injection, Memory, Obstacle, Operation,
     OperationFile, Outcome, Pages, Place, Refusal, SpaceName, Word,
 };
-use uhmm::policy::Policies;
 use uhmm::{
-    Access, Clock, DevicePagemap, EventKind, FaultError, Injector, Mirror, Owner, Page, PageEntry,
-    PageRange, PagemapOptions, RangeFault, Residency,
+    Access, EventKind, FaultError, Injector, Mirror, Owner, Page, PageEntry, PageRange, RangeFault,
+    Residency,
 };
 use uhmm_linux::{Options, Process};
 
 use super::wire::{Ask, Said, Steps, Wire};
-use super::{Changes, PUPPET_OF, broken, reap};
-use crate::common::device::{Defect, TestDevice};
+use super::{Changes, Devices, PUPPET_OF, broken, reap};
+use crate::common::device::TestDevice;
 use crate::common::leaks::{Holdings, holdings};
 use crate::common::memory::{self, Backing, TERRITORY};
 use crate::common::trap::{self, Trap};
-use crate::common::{PATIENCE, alarm, die_with_parent, eventually};
+use crate::common::{PATIENCE, alarm, die_with_parent, eventually, rig};
 
 /// Where the arena begins in every space: at the edge of a large page.
 const BASE: u64 = TERRITORY.start;
@@ -45,6 +43,7 @@ pub(crate) fn serve() {
 #[derive(Clone)]
 struct Scene {
     changes: Changes,
+    devices: Devices,
     address: String,
     /// Inherited, and open for as long as the process lives.
     files: BTreeMap<FileName, RawFd>,
@@ -68,17 +67,28 @@ struct Puppet {
 
 struct Gpu {
     name: DeviceName,
-    device: Arc<TestDevice>,
-    injector: Injector,
-    pagemap: Arc<DevicePagemap>,
+    gpu: rig::Gpu,
+}
+
+impl std::ops::Deref for Gpu {
+    type Target = rig::Gpu;
+
+    fn deref(&self) -> &rig::Gpu {
+        &self.gpu
+    }
 }
 
 impl Scene {
     fn parse(text: &str, address: &str) -> Scene {
-        let (changes, rest) = text.split_once('\n').expect("a scene has lines");
+        let (setup, rest) = text.split_once('\n').expect("a scene has lines");
+        let (changes, devices) = setup.split_once(' ').expect("a setup is of two words");
         let changes = match changes {
             "Announced" => Changes::Announced,
             _ => Changes::Observed,
+        };
+        let devices = match devices {
+            "InPlace" => Devices::InPlace,
+            _ => Devices::Apart,
         };
         let mut files = BTreeMap::new();
         let mut scene = rest;
@@ -94,7 +104,7 @@ impl Scene {
             scene = rest;
         }
         let file = OperationFile::parse("scene", scene).unwrap_or_else(|error| panic!("{error}"));
-        Scene { changes, address: address.to_owned(), files, file }
+        Scene { changes, devices, address: address.to_owned(), files, file }
     }
 
     fn arena(&self) -> PageRange {
@@ -113,8 +123,14 @@ impl Puppet {
         let injector = Injector::new();
         let options = Options::new().injector(injector.clone());
         let process = Process::attach(options).unwrap_or_else(|error| panic!("{space}: {error}"));
-        let gpus: Vec<_> =
-            scene.file.devices.iter().map(|&(name, pages)| Gpu::new(name, pages)).collect();
+        let gpu = |&(name, pages): &(DeviceName, u64)| {
+            let gpu = match scene.devices {
+                Devices::Apart => rig::Gpu::named(&name.to_string(), pages),
+                Devices::InPlace => rig::Gpu::in_place(&name.to_string(), pages, &process),
+            };
+            Gpu { name, gpu }
+        };
+        let gpus: Vec<_> = scene.file.devices.iter().map(gpu).collect();
         let mut puppet = Puppet {
             space,
             scene,
@@ -391,20 +407,6 @@ impl Puppet {
     }
 }
 
-impl Gpu {
-    fn new(name: DeviceName, pages: u64) -> Gpu {
-        let injector = Injector::new();
-        let device = TestDevice::new(pages, injector.clone(), Defect::None);
-        // A clock that stands still: blocks are evicted in the order of their places.
-        let options = PagemapOptions::new()
-            .name(name.to_string())
-            .policies(Policies::none())
-            .clock(Clock::manual());
-        let pagemap = DevicePagemap::register_with(device.clone(), options);
-        Gpu { name, device, injector, pagemap }
-    }
-}
-
 impl Executor for Puppet {
     fn begin(&mut self, _: &OperationFile) -> Outcome<()> {
         unreachable!("the scene was set before this process was made")
@@ -662,11 +664,12 @@ fn within<R>(process: &Process, kind: EventKind, ranges: &[PageRange], f: impl F
     result.expect("it is called once")
 }
 
-/// Returns the steps of a live process that fail where a step of the simulation does.
-fn steps_of(injection: Injection) -> &'static [&'static str] {
+/// Returns the steps of a live process that fail where a step of the simulation does; none where
+/// nothing of ours can.
+pub(super) fn steps_of(injection: Injection) -> &'static [&'static str] {
     match injection {
         Injection::Frame => &["buffer"],
-        Injection::Split => &["move"],
+        Injection::Split => &[],
         Injection::Allocate(_) => &["allocate"],
         Injection::Copy(_) => &["copy"],
         Injection::Clear(_) => &["clear"],
