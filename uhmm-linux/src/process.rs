@@ -76,6 +76,22 @@ pub struct ProcessStatistics {
     pub stale_accesses: u64,
     /// Those on pages that were not away, which were filled with zeroes.
     pub zero_fills: u64,
+    /// Those on pages that were on their way.
+    pub faults_in_transit: u64,
+    /// Those on pages that a device held exclusively.
+    pub revoked: u64,
+    /// Blocks of pages that were out when the program unmapped them, or mapped something over them.
+    pub unmapped_out: u64,
+    /// Blocks that were on their way when it did.
+    pub unmapped_in_transit: u64,
+    /// Blocks of pages that were out when the program discarded what was in them.
+    pub discarded_out: u64,
+    /// Blocks that were on their way when it did.
+    pub discarded_in_transit: u64,
+    /// Blocks of pages that were out when the program moved their mapping.
+    pub remapped_out: u64,
+    /// Blocks that were on their way when it did.
+    pub remapped_in_transit: u64,
     /// Pages that came home because the process forked.
     pub fork_overrun: u64,
     /// Children made without the C library's `fork` while pages were away.
@@ -189,6 +205,7 @@ impl Process {
         // Relaxed: each count is a number by itself.
         let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let (staging, lost_staging) = self.space.staging_use();
+        let overtaken = self.space.overtaken();
         ProcessStatistics {
             staging,
             lost_staging,
@@ -198,6 +215,14 @@ impl Process {
             retries: read(&counters.retries),
             stale_accesses: read(&counters.stale_accesses),
             zero_fills: read(&counters.zero_fills),
+            faults_in_transit: read(&counters.faults_in_transit),
+            revoked: read(&counters.revoked),
+            unmapped_out: overtaken.unmapped.out,
+            unmapped_in_transit: overtaken.unmapped.in_transit,
+            discarded_out: overtaken.discarded.out,
+            discarded_in_transit: overtaken.discarded.in_transit,
+            remapped_out: overtaken.remapped.out,
+            remapped_in_transit: overtaken.remapped.in_transit,
             fork_overrun: read(&counters.fork_overrun),
             unforeseen_forks: read(&counters.unforeseen_forks),
             parked: read(&counters.parked),

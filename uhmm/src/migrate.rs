@@ -308,8 +308,7 @@ impl Migration<Isolated> {
                         }
                         Some((_, from)) => (Cargo::Contents, Some(CopyKind::In { from, to })),
                     };
-                    let job = kind.map(|kind| CopyJob::new(kind, page.order));
-                    self.place(Placement::Device(block), 0, cargo, job);
+                    self.place(page, Placement::Device(block), 0, cargo, kind);
                 }
                 None if page.order > Order::PAGE && !full => match self.isolation.split(index) {
                     Ok(()) => to.counters.splits(1),
@@ -334,11 +333,11 @@ impl Migration<Isolated> {
             let route = route_of(&mut self.routes, block.pagemap());
             match self.isolation.allocate_home(index) {
                 Ok(to) if in_place == Some(to) => {
-                    self.place(Placement::Home, route, Cargo::InPlace, None);
+                    self.place(page, Placement::Home, route, Cargo::InPlace, None);
                 }
                 Ok(to) => {
-                    let job = CopyJob::new(CopyKind::Out { from, to }, page.order);
-                    self.place(Placement::Home, route, Cargo::Contents, Some(job));
+                    let kind = CopyKind::Out { from, to };
+                    self.place(page, Placement::Home, route, Cargo::Contents, Some(kind));
                 }
                 Err(_) if page.order > Order::PAGE && self.isolation.split(index).is_ok() => {
                     self.routes[route].pagemap.counters.splits(1);
@@ -349,15 +348,21 @@ impl Migration<Isolated> {
     }
 
     /// Says where the next page is to be, and how it gets there.
-    fn place(&mut self, placement: Placement, route: usize, cargo: Cargo, job: Option<CopyJob>) {
-        let index = self.placements.len();
-        let pages = self.range_of(index);
-        self.placements.push(placement);
-        self.passages.push(Passage { pages, route: Some(route), cargo });
-        if let Some(job) = job {
-            self.routes[route].jobs.push(job);
-            self.routes[route].pages.push(index);
+    fn place(
+        &mut self,
+        page: IsolatedPage,
+        placement: Placement,
+        route: usize,
+        cargo: Cargo,
+        copy: Option<CopyKind>,
+    ) {
+        if let Some(kind) = copy {
+            self.routes[route].jobs.push(CopyJob::new(kind, page.order));
+            self.routes[route].pages.push(self.placements.len());
         }
+        self.placements.push(placement);
+        let pages = page.page.block(page.order);
+        self.passages.push(Passage { pages, route: Some(route), cargo });
     }
 
     /// Says that the next page is to go back.

@@ -3,13 +3,28 @@
 
 mod plain;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use plain::{Counted, Places, Plain};
-use uhmm::policy::Policies;
+use uhmm::policy::{Candidate, Policies, Policy, Verdict};
 use uhmm::{
     AddressSpace, DeviceBlock, DeviceFrame, DevicePagemap, Order, PageRange, PagemapOptions,
 };
+
+/// Notes what an eviction may choose.
+#[derive(Debug, Default)]
+struct Candidates(Mutex<Vec<(DeviceFrame, Order)>>);
+
+impl Policy for Candidates {
+    fn name(&self) -> &'static str {
+        "candidates"
+    }
+
+    fn victim(&self, candidate: &Candidate, _: &mut Verdict) {
+        let block = (candidate.location.frame, candidate.order);
+        self.0.lock().expect("no panic").push(block);
+    }
+}
 
 /// An address space with one page of some order, which is on a device.
 struct Rig {
@@ -17,6 +32,7 @@ struct Rig {
     places: Arc<Places>,
     memory: Arc<Counted>,
     pagemap: Arc<DevicePagemap>,
+    candidates: Arc<Candidates>,
 }
 
 impl Rig {
@@ -25,13 +41,15 @@ impl Rig {
         let plain = Plain::new(1, order);
         let places = plain.places().clone();
         let memory = Counted::new(false);
-        let options = PagemapOptions::new().policies(Policies::none());
+        let candidates = Arc::new(Candidates::default());
+        let policies = Policies::none().and_shared(candidates.clone());
+        let options = PagemapOptions::new().policies(policies);
         let pagemap = DevicePagemap::register_with(memory.clone(), options);
         let space = AddressSpace::new(Arc::new(plain));
         let range = PageRange::new(0, order.bytes() as u64).expect("a range");
         assert_eq!(space.migrate(range, &pagemap).run().moved, order.pages());
         let block = places.take(0);
-        (Rig { _space: space, places, memory, pagemap }, block)
+        (Rig { _space: space, places, memory, pagemap, candidates }, block)
     }
 
     /// Returns the blocks that an eviction of everything would take, as the accounts have them.
@@ -48,6 +66,11 @@ impl Rig {
         assert_eq!((self.pagemap.used(), self.memory.freed()), (used, pages - used));
         let frames: Vec<_> = blocks.iter().map(|block| block.location().frame).collect();
         assert_eq!(self.victims(), frames);
+        let mut known = std::mem::take(&mut *self.candidates.0.lock().expect("no panic"));
+        known.sort_unstable();
+        let blocks = blocks.iter().map(|block| (block.location().frame, block.order()));
+        // Where there is no choice, no policy is asked.
+        assert!(frames.len() < 2 || known.into_iter().eq(blocks));
     }
 }
 

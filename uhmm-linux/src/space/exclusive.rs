@@ -156,7 +156,7 @@ impl Space {
                 }
                 Err(Errno::NOENT) => return Attempt::Missing,
                 Err(Errno::BUSY) => return Attempt::Busy,
-                Err(Errno::INVAL) => return Attempt::Refused(StayReason::Locked),
+                Err(Errno::INVAL) => return Attempt::Refused(self.explain_refusal(page)),
                 Err(Errno::NOMEM) => return Attempt::Refused(StayReason::OutOfSystemMemory),
                 Err(_) => return Attempt::Missing,
             }

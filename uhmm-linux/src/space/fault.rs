@@ -99,7 +99,7 @@ impl Space {
     ) -> Result<(), FaultError> {
         loop {
             let state = self.lock();
-            let Some(next) = next_out(&state, range, keep) else { return Ok(()) };
+            let Some(next) = self.next_out(&state, range, keep) else { return Ok(()) };
             if let Next::Sleep(isolation, page) = next {
                 drop(self.sleep_for(state, isolation, page, deadline)?);
                 continue;
@@ -219,20 +219,20 @@ impl Space {
         drop(announced);
         self.settle_unless_leading();
     }
-}
 
-fn next_out(state: &State, range: PageRange, keep: Option<Owner>) -> Option<Next> {
-    state.overlapping(range).find_map(|(first, extent)| {
-        let page = first.max(range.first());
-        match &extent.place {
-            Place::Transit { isolation, .. } => Some(Next::Sleep(*isolation, page)),
-            Place::Device(block) if keep == Some(block.location().owner) => None,
-            Place::Device(block) => {
-                Some(Next::Home(Arc::clone(block.pagemap()), page, extent.mapped()))
+    fn next_out(&self, state: &State, range: PageRange, keep: Option<Owner>) -> Option<Next> {
+        state.overlapping(range).find_map(|(first, extent)| {
+            let page = first.max(range.first());
+            match &extent.place {
+                Place::Transit { isolation, .. } => Some(Next::Sleep(*isolation, page)),
+                Place::Device(block) if keep == Some(block.location().owner) => None,
+                Place::Device(block) => {
+                    Some(Next::Home(Arc::clone(block.pagemap()), page, self.mapped_order(extent)))
+                }
+                Place::Held { owner, .. } if keep == Some(*owner) => None,
+                Place::Held { .. } => Some(Next::Revoke(page)),
+                Place::Parked(_) => Some(Next::Unpark(first)),
             }
-            Place::Held { owner, .. } if keep == Some(*owner) => None,
-            Place::Held { .. } => Some(Next::Revoke(page)),
-            Place::Parked(_) => Some(Next::Unpark(first)),
-        }
-    })
+        })
+    }
 }

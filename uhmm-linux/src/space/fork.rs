@@ -34,15 +34,15 @@ use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use mmu_notifier::Owner;
+use mmu_notifier::{Owner, thread_number};
 use rangemap::RangeMap;
 use rustix::io::Errno;
 use uhmm::{FaultError, Order, Page, PageRange};
 
 use super::serve::AbortOnPanic;
-use super::state::{State, is_in_limbo, numbers, range_of};
+use super::state::{Place, State, is_in_limbo, numbers, range_of};
 use super::{Space, count, fatal, lock};
-use crate::sys::fork;
+use crate::sys::fork::{self, Wiped};
 use crate::sys::sentinel::Sentinel;
 use crate::sys::thread;
 use crate::sys::userfaultfd::Userfaultfd;
@@ -94,10 +94,21 @@ impl Space {
         count(&self.counters.fork_overrun, out);
         tracing::info!(target: "uhmm", pages = out, "come home for a fork");
         let began = Instant::now();
-        while !self.bring_everything_home() && began.elapsed() < PATIENCE {
+        while !self.bring_everything_home() && began.elapsed() < PATIENCE && !self.is_in_own_way() {
             std::thread::yield_now();
         }
         // What is left the child gets by way of the event.
+    }
+
+    /// Tells whether something is out that only the calling thread can bring home, by going on.
+    fn is_in_own_way(&self) -> bool {
+        let thread = thread_number();
+        let state = self.lock();
+        let mut extents = state.extents();
+        extents.any(|(_, extent)| match extent.place {
+            Place::Transit { isolation, .. } => state.waits_for(isolation, thread),
+            _ => false,
+        })
     }
 
     fn after_fork(&self) {
@@ -168,6 +179,7 @@ impl Space {
         if let Some(sentinel) = &self.sentinel
             && !state.armed
         {
+            state.wiped = Some(Wiped::open()?);
             sentinel.arm()?;
             state.armed = true;
         }
@@ -183,6 +195,7 @@ impl Space {
             && sentinel.disarm().is_ok()
         {
             state.armed = false;
+            (state.wiped, state.spare) = (None, None);
         }
     }
 
@@ -220,13 +233,22 @@ impl Space {
     /// Notes a child. From here on no page is put into the parent's page table before the child has
     /// it.
     pub(super) fn adopt_child(&self, state: &mut State, uffd: Userfaultfd) {
-        let mut registered: Vec<_> = state.registered.iter().map(|(range, _)| range.clone()).collect();
+        let mut registered: Vec<_> =
+            state.registered.iter().map(|(range, _)| range.clone()).collect();
         registered.extend(state.released.iter().cloned());
         let out = state.extents().map(|(first, extent)| first.block(extent.order));
         let out = out.filter(|block| !is_in_limbo(block.first()));
         let lacks: RangeMap<u64, u64> = out.map(|block| (numbers(block), 0)).collect();
-        let child = Child { uffd, lacks, registered };
+        let mut child = Child { uffd, lacks, registered };
         state.crowded = None;
+        if let Some(wiped) = state.wiped.as_ref().filter(|_| !child.lacks.is_empty()) {
+            match wiped.ranges() {
+                Ok(ranges) => {
+                    ranges.into_iter().for_each(|range| child.lacks.remove(numbers(range)))
+                }
+                Err(error) => fatal("it cannot be known what a child must not see", error),
+            }
+        }
         if child.lacks.is_empty() {
             child.release();
             return;

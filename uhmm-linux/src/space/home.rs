@@ -29,6 +29,8 @@ enum Step {
     Again,
     /// There is no memory for the first page.
     NoMemory,
+    /// Not all of it is in a mapping that can be filled.
+    Gone,
 }
 
 impl Space {
@@ -48,7 +50,10 @@ impl Space {
             let (placed, error) = self.put_part(state, &source, first.block(source.order()), 0);
             put.placed = placed;
             match error {
-                None => return put,
+                None => {
+                    let_go(state, source);
+                    return put;
+                }
                 Some(Errno::AGAIN) => self.drain_for_retry(state),
                 Some(_) => {}
             }
@@ -131,7 +136,7 @@ impl Space {
             match self.fill_some(pool, rest(from), rest(to), poisoned) {
                 Step::Done(pages) => done += pages,
                 Step::Again => return (done, Some(Errno::AGAIN)),
-                Step::NoMemory => return (done, Some(Errno::NOMEM)),
+                Step::NoMemory | Step::Gone => return (done, Some(Errno::NOMEM)),
             }
         }
         (done, None)
@@ -141,26 +146,50 @@ impl Space {
     fn fill_some(&self, pool: &Pool, from: PageRange, to: PageRange, poisoned: bool) -> Step {
         let occupied = pool.is_occupied(from.first().into());
         let run = from.iter().take_while(|&page| pool.is_occupied(page.into()) == occupied).count();
-        let from = PageRange::from_pages(from.first(), run as u64).expect("the first is of the run");
-        let to = PageRange::from_pages(to.first(), run as u64).expect("as many");
+        let fill = |pages: u64| {
+            let [from, to] = [from, to].map(|range| prefix(range, pages));
+            self.fill_run(pool, from, to, occupied, poisoned)
+        };
+        let run = run as u64;
+        let step = fill(run);
+        if !matches!(step, Step::Gone) {
+            return step;
+        }
+        // The kernel fills one mapping at a time, and says the same of two as of none.
+        let mapped = self.pages_in_one_mapping(prefix(to, run));
+        for pages in [mapped, 1] {
+            if pages < run
+                && let step = fill(pages)
+                && !matches!(step, Step::Gone)
+            {
+                return step;
+            }
+        }
+        // The mapping is gone, or another, and no event has said so: the program has put something
+        // in its place that the kernel does not tell of.
+        self.skip(to.first())
+    }
+
+    fn fill_run(
+        &self,
+        pool: &Pool,
+        from: PageRange,
+        to: PageRange,
+        occupied: bool,
+        poisoned: bool,
+    ) -> Step {
         if !occupied && !poisoned {
             let progress = self.kernel.zeropage(to);
             return self.judge(progress.pages, progress.result, to);
         }
         if !occupied {
             // There is nothing to copy from but what the kernel makes of a touch.
-            let progress = self.kernel.copy_home(self.zeroes.first(), to.first().into());
-            return self.judge(progress.pages, progress.result, to.first().into());
+            return self.copy_run(self.zeroes.first().into(), prefix(to, 1));
         }
-        if poisoned {
-            let progress = self.kernel.copy_home(from.first(), to);
-            return self.judge(progress.pages, progress.result, to);
-        }
-        if pool.is_staging() || run as u64 >= MOVED_FROM_BUFFERS {
+        if !poisoned && (pool.is_staging() || to.pages() >= MOVED_FROM_BUFFERS) {
             let progress = self.kernel.move_home(from, to.first());
             if progress.pages > 0 {
-                let moved = PageRange::from_pages(from.first(), progress.pages);
-                pool.empty(moved.expect("some were moved"));
+                pool.empty(prefix(from, progress.pages));
                 return Step::Done(progress.pages);
             }
             match progress.result {
@@ -170,14 +199,34 @@ impl Space {
                 // the page, or the mapping is gone: to copy is possible, or says so.
                 _ => {}
             }
-            if !self.is_present(from.first()) {
-                // To copy from a page that is not there would be a fault of ours, on us.
-                pool.empty(from.first().into());
-                return Step::Done(0);
-            }
         }
-        let progress = self.kernel.copy_home(from.first(), to);
-        self.judge(progress.pages, progress.result, to)
+        if !pool.is_staging() {
+            return self.copy_run(from, to);
+        }
+        // To copy from a page that is not there would be a fault of ours, on us.
+        match self.first_run(from, Categories::PRESENT | Categories::SWAPPED) {
+            Ok((true, pages)) => self.copy_run(prefix(from, pages), prefix(to, pages)),
+            Ok((false, pages)) => {
+                pool.empty(prefix(from, pages));
+                Step::Done(0)
+            }
+            // Where it cannot be said, it stays for now.
+            Err(_) => Step::NoMemory,
+        }
+    }
+
+    /// Copies pages home. The kernel replaces guards by copies, as it does marks of poison, so they
+    /// are looked for first: a guard stays.
+    fn copy_run(&self, from: PageRange, to: PageRange) -> Step {
+        match self.first_run(to, Categories::GUARD) {
+            Ok((true, _)) => self.skip(to.first()),
+            Ok((false, pages)) => {
+                let to = prefix(to, pages);
+                let progress = self.kernel.copy_home(from.first(), to);
+                self.judge(progress.pages, progress.result, to)
+            }
+            Err(_) => Step::NoMemory,
+        }
     }
 
     fn judge(&self, pages: u64, result: Result<(), Errno>, to: PageRange) -> Step {
@@ -186,11 +235,39 @@ impl Space {
             Err(_) if pages > 0 => Step::Done(pages),
             Err(Errno::AGAIN) => Step::Again,
             Err(Errno::EXIST) => self.skip(to.first()),
-            // The mapping is gone, or another, and no event has said so: the program has put
-            // something in its place that the kernel does not tell of.
-            Err(Errno::NOENT | Errno::INVAL | Errno::FAULT | Errno::SRCH) => self.skip(to.first()),
+            Err(Errno::NOENT | Errno::INVAL | Errno::FAULT | Errno::SRCH) => Step::Gone,
             Err(_) => Step::NoMemory,
         }
+    }
+
+    /// Returns how many pages of `range`, from the first on, are in the same mapping as the first.
+    fn pages_in_one_mapping(&self, range: PageRange) -> u64 {
+        match self.kernel.vma(range.first()) {
+            Ok(Some(vma)) if vma.range.contains(range.first()) => {
+                vma.range.intersection(range).map_or(1, |part| part.pages())
+            }
+            _ => 1,
+        }
+    }
+
+    /// Tells whether any of `what` is true of the first page of `range`, and of how many pages from
+    /// there on it is just the same.
+    fn first_run(&self, range: PageRange, what: Categories) -> Result<(bool, u64), Errno> {
+        let mut found = Vec::new();
+        self.kernel.scan(range, what, &mut found)?;
+        let Some(&(first, _)) = found.first() else { return Ok((false, range.pages())) };
+        if first.first() > range.first() {
+            return Ok((false, first.first().number() - range.first().number()));
+        }
+        // Neighbours of other categories are a range of their own.
+        let mut end = range.first().number();
+        for (run, _) in found {
+            if run.first().number() != end {
+                break;
+            }
+            end = run.last().number() + 1;
+        }
+        Ok((true, end - range.first().number()))
     }
 
     /// Passes over a page in whose place the program has put something else meanwhile, such as a
@@ -201,16 +278,10 @@ impl Space {
         Step::Done(1)
     }
 
-    fn is_present(&self, page: Page) -> bool {
-        let mut found = Vec::new();
-        let there = Categories::PRESENT | Categories::SWAPPED;
-        // Where it cannot be said, it is taken to be missing: then its contents stay parked.
-        self.kernel.scan(page.into(), there, &mut found).is_ok() && !found.is_empty()
-    }
-
     /// Keeps what could not be put back, and returns how many pages that is.
     fn park(&self, state: &mut State, source: PoolBlock, refused: &[(Page, Order, u64)]) -> u64 {
         if refused.is_empty() {
+            let_go(state, source);
             return 0;
         }
         let at = |offset: u64| source.first().checked_add(offset).expect("within the block");
@@ -258,19 +329,30 @@ impl Space {
         put
     }
 
-    /// Ends an isolation, and tells whether somebody sleeps in the kernel for one of its pages.
-    pub(super) fn end_isolation(&self, state: &mut State, isolation: IsolationId) -> bool {
-        let ended = state.isolations.remove(&isolation);
+    /// Ends an isolation.
+    pub(super) fn end_isolation(&self, state: &mut State, isolation: IsolationId) {
+        state.isolations.remove(&isolation);
         if !state.waiting.is_empty() {
             self.announce_arrivals();
         }
-        ended.is_some_and(|ended| ended.awaited)
     }
+}
+
+/// Returns the first `pages` pages of `range`.
+fn prefix(range: PageRange, pages: u64) -> PageRange {
+    PageRange::from_pages(range.first(), pages).expect("at least one, and no more than there are")
 }
 
 /// Returns the first part of `token`, from `at` pages on, that is still out.
 fn next_part(state: &State, token: Token, at: u64) -> Option<(Page, Order, u64)> {
     state.of_token(token).into_iter().find(|&(_, _, offset)| offset >= at)
+}
+
+/// Frees a block that pages have come home from, once no device can use it any more.
+fn let_go(state: &mut State, block: PoolBlock) {
+    if state.is_unsettled() {
+        state.aftermath.doomed.push(Place::Parked(block));
+    }
 }
 
 /// Gives children what they lack before their parent gets it back.

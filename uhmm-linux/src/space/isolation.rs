@@ -8,13 +8,12 @@ use uhmm::backend::{
     CannotSplit, Committed, IsolatedPage, Isolation, OutOfSystemMemory, Placement, ReverseMap,
     Source,
 };
-use uhmm::{
-    DeviceBlock, Frame, Order, Page, PageRange, StayReason, Stayed, SystemMemory,
-};
+use uhmm::{DeviceBlock, Frame, Order, Page, PageRange, StayReason, Stayed, SystemMemory};
 
-use super::pool::PoolBlock;
-use super::state::{Extent, IsolationId, Place, State, Token};
 use super::Space;
+use super::pool::PoolBlock;
+use super::state::{CHUNK, Extent, IsolationId, Place, State, Token};
+use crate::sys::pagemap::Categories;
 
 /// The pages of one isolation.
 pub(super) struct ProcessIsolation {
@@ -38,6 +37,17 @@ pub(super) enum Contents {
     Zero,
     Staged(PoolBlock),
     Device(DeviceBlock),
+}
+
+impl Contents {
+    /// Returns what is to be freed, if it is anything.
+    fn into_place(self) -> Option<Place> {
+        match self {
+            Contents::Zero => None,
+            Contents::Staged(block) => Some(Place::Parked(block)),
+            Contents::Device(block) => Some(Place::Device(block)),
+        }
+    }
 }
 
 /// Where a page may come home to.
@@ -137,15 +147,21 @@ impl ProcessIsolation {
         let aftermath = {
             let mut state = space.lock();
             let mut placements = placements.into_iter();
+            // Where they are now: whoever sleeps for one of them sleeps there.
+            let awaited: Vec<PageRange> = match state.is_awaited(id) {
+                true => state.blocks_of(id).collect(),
+                false => Vec::new(),
+            };
             for (page, held) in self.pages.iter().zip(self.held.drain(..)) {
                 let placement = placements.next().unwrap_or(Placement::Back);
                 committed.push(space.place(&mut state, id, *page, held, placement, &mut left));
             }
-            if space.end_isolation(&mut state, id) {
-                // Some touched a page that is on a device now: they look again.
-                for page in &self.pages {
-                    space.wake(page.page.block(page.order));
-                }
+            space.end_isolation(&mut state, id);
+            // Some touched a page that is on a device now: they look again.
+            awaited.into_iter().for_each(|block| space.wake(block));
+            if state.is_unsettled() {
+                let doomed = left.drain(..).filter_map(Contents::into_place);
+                state.aftermath.doomed.extend(doomed);
             }
             !state.aftermath.is_empty()
         };
@@ -197,7 +213,14 @@ impl Space {
                         self.staging.end_adoption(staged.first());
                         staged.leak();
                     }
-                    contents => left.push(contents),
+                    contents => {
+                        if let (Contents::Staged(staged), Some(first)) = (&contents, whole)
+                            && self.is_huge(staged.range())
+                        {
+                            state.note_huge(first);
+                        }
+                        left.push(contents);
+                    }
                 }
                 self.settle_on_device(state, token, whole, block, left);
             }
@@ -219,6 +242,29 @@ impl Space {
             (Placement::Home, ..) => panic!("no home was allocated for {page:?}"),
         }
         Committed::Placed
+    }
+
+    /// Tells whether a block of staging is one page to the CPUs.
+    fn is_huge(&self, block: PageRange) -> bool {
+        let mut found = Vec::new();
+        let huge = block.pages() == CHUNK.pages();
+        huge && self.kernel.scan(block, Categories::HUGE, &mut found).is_ok() && !found.is_empty()
+    }
+
+    /// Returns the size that the pages of an extent had in the page table. Of a block that is in
+    /// place it is asked now, so that those that move need not be asked about.
+    pub(super) fn mapped_order(&self, extent: &Extent) -> Order {
+        match &extent.place {
+            Place::Device(block) if extent.order == CHUNK && !extent.huge => {
+                let frame = block.in_place(&*self.memory).and_then(|frame| Page::new(frame.0));
+                match frame {
+                    Some(first) if self.is_huge(first.block(CHUNK)) => CHUNK,
+                    _ => Order::PAGE,
+                }
+            }
+            _ if extent.huge => extent.order,
+            _ => Order::PAGE,
+        }
     }
 
     /// Becomes the owner of the staging that a device has in place.

@@ -55,7 +55,12 @@ impl Kernel {
         self.step(name, Errno::NOMEM).is_ok()
     }
 
-    fn progress(&self, name: &'static str, error: Errno, run: impl FnOnce() -> Progress) -> Progress {
+    fn progress(
+        &self,
+        name: &'static str,
+        error: Errno,
+        run: impl FnOnce() -> Progress,
+    ) -> Progress {
         match self.step(name, error) {
             Ok(()) => run(),
             result => Progress { pages: 0, result },

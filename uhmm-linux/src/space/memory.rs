@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Weak};
 
-use uhmm::{Frame, PAGE_SHIFT, PAGE_SIZE, Page, SystemMemory};
+use rustix::io::Errno;
+use uhmm::{Frame, PAGE_SHIFT, PAGE_SIZE, Page, PageRange, SystemMemory};
 
 use super::pool::Pool;
 use super::{Space, count};
@@ -37,10 +38,29 @@ impl ProcessMemory {
         Some((pool, page))
     }
 
-    fn note_stale(&self) {
-        if let Some(space) = self.space.upgrade() {
+    /// Makes an access by way of the kernel, of as many bytes as it returns.
+    ///
+    /// A page that is out is not one that a device has a translation to: it was told before the page
+    /// left, and this one is that of a mapping which another has replaced. To wait for the page could
+    /// be to wait for this very access to end.
+    fn access(
+        &self,
+        frame: Frame,
+        offset: usize,
+        bytes: usize,
+        run: impl FnOnce() -> Result<usize, Errno>,
+    ) -> usize {
+        let Some(space) = self.space.upgrade() else { return 0 };
+        let pages = (offset + bytes).div_ceil(PAGE_SIZE).max(1) as u64;
+        let pages = Page::new(frame.0).and_then(|first| PageRange::from_pages(first, pages).ok());
+        let done = match pages {
+            Some(pages) if space.is_home(pages) => run().unwrap_or(0),
+            _ => 0,
+        };
+        if done < bytes {
             count(&space.counters.stale_accesses, 1);
         }
+        done
     }
 }
 
@@ -50,11 +70,8 @@ impl SystemMemory for ProcessMemory {
             return pool.read(page, offset, bytes);
         }
         let address = (frame.0 << PAGE_SHIFT) + offset as u64;
-        let read = process_vm::read(address, bytes).unwrap_or(0);
-        if read < bytes.len() {
-            bytes[read..].fill(0);
-            self.note_stale();
-        }
+        let read = self.access(frame, offset, bytes.len(), || process_vm::read(address, bytes));
+        bytes[read..].fill(0);
     }
 
     fn write(&self, frame: Frame, offset: usize, bytes: &[u8]) {
@@ -62,9 +79,7 @@ impl SystemMemory for ProcessMemory {
             return pool.write(page, offset, bytes);
         }
         let address = (frame.0 << PAGE_SHIFT) + offset as u64;
-        if process_vm::write(address, bytes).unwrap_or(0) < bytes.len() {
-            self.note_stale();
-        }
+        self.access(frame, offset, bytes.len(), || process_vm::write(address, bytes));
     }
 
     fn fetch_update(&self, frame: Frame, offset: usize, update: &mut dyn FnMut(u64) -> u64) -> u64 {

@@ -79,6 +79,8 @@ pub(crate) struct Space {
     patience: Duration,
     memory: Arc<ProcessMemory>,
     state: Mutex<State>,
+    /// Whose turn it is to do what events have left to do.
+    settling: Mutex<()>,
     /// Somebody's pages may have arrived.
     arrivals: Condvar,
     servers: Servers,
@@ -109,7 +111,6 @@ pub(crate) struct Parts {
     pub(crate) patience: Duration,
 }
 
-
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// Counts what happened. Relaxed everywhere: each is a number by itself.
@@ -125,6 +126,10 @@ counters! {
     faults,
     /// Faults on pages that were not out, filled with zeroes.
     zero_fills,
+    /// Faults on pages that were in transit.
+    faults_in_transit,
+    /// Pages that a CPU took back from a device that held them.
+    revoked,
     /// Events applied.
     events,
     /// How often the kernel refused to fill since an event was unread.
@@ -164,7 +169,8 @@ impl Space {
         // It is there from now on: a copy from it is no fault.
         buffers.write(zeroes.first(), 0, &[0; 8]);
         let mut state = State::new();
-        state.managed = parts.managed.map(|ranges| ranges.into_iter().map(state::numbers).collect());
+        state.managed =
+            parts.managed.map(|ranges| ranges.into_iter().map(state::numbers).collect());
         for range in reserved::loaded_objects() {
             state.reserved.insert(state::numbers(range));
         }
@@ -187,6 +193,7 @@ impl Space {
             zeroes,
             patience: parts.patience,
             state: Mutex::new(state),
+            settling: Mutex::new(()),
             arrivals: Condvar::new(),
             servers,
             sentinel,
@@ -201,8 +208,18 @@ impl Space {
         Ok(space)
     }
 
+    /// Returns what the program's changes have met.
+    pub(crate) fn overtaken(&self) -> state::Overtaken {
+        self.lock().overtaken
+    }
+
     pub(crate) fn this(&self) -> Arc<Space> {
         self.this.upgrade().expect("a space that is used exists")
+    }
+
+    /// Tells whether nothing of `range` is out.
+    fn is_home(&self, range: PageRange) -> bool {
+        self.lock().overlapping(range).next().is_none()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -219,7 +236,8 @@ impl Space {
     /// kernel lets pages move, until the next event.
     ///
     /// An event is under way until the thread that caused it has woken, which takes that thread no
-    /// more than to be scheduled.
+    /// more than to be scheduled. Faults that are read here are for the leader to serve, who does not
+    /// find them in the userfaultfd any more.
     fn drain(&self, state: &mut State) {
         loop {
             self.read_messages(state);
@@ -228,6 +246,9 @@ impl Space {
             } else if state.zaps.is_empty() {
                 // Whatever forked is known by now.
                 state.released.clear();
+                if !state.faults.is_empty() || self.leaves_aftermath(state) {
+                    self.call_leader();
+                }
                 return;
             } else {
                 self.zap(state);
@@ -235,12 +256,14 @@ impl Space {
         }
     }
 
-    /// Reads and applies what there is to read, without waiting.
-    fn read_messages(&self, state: &mut State) {
+    /// Reads and applies what there is to read, without waiting, and tells whether there was
+    /// anything.
+    fn read_messages(&self, state: &mut State) -> bool {
+        let mut found = false;
         loop {
-            let mut messages = std::mem::replace(&mut state.messages, Messages::new());
-            let read = self.kernel.read(&mut messages);
-            for message in messages.drain() {
+            let read = self.kernel.read(&mut state.messages);
+            while let Some(message) = state.messages.take() {
+                found = true;
                 if let Message::Fork(child) = message {
                     count(&self.counters.events, 1);
                     self.adopt_child(state, child);
@@ -250,10 +273,10 @@ impl Space {
                     self.wake(range);
                 }
             }
-            state.messages = messages;
             match read {
-                Ok(count) if count > 0 => {}
-                Ok(_) | Err(Errno::AGAIN) => return,
+                Ok(Messages::CAPACITY) => {}
+                // The kernel had no more.
+                Ok(_) | Err(Errno::AGAIN) => return found,
                 Err(Errno::INTR) => {}
                 Err(error @ (Errno::MFILE | Errno::NFILE)) => self.make_room(state, error),
                 Err(error) => fatal("the userfaultfd cannot be read", error),
@@ -276,12 +299,21 @@ impl Space {
 
     /// Does what events have left to do. With no lock held, and outside callbacks.
     fn settle(&self) {
-        let aftermath = std::mem::take(&mut self.lock().aftermath);
+        // One after the other: what is doomed in the middle of this is freed by the next, and only
+        // when this one has told every device.
+        let turn = lock(&self.settling);
+        let aftermath = {
+            let mut state = self.lock();
+            state.settling += 1;
+            std::mem::take(&mut state.aftermath)
+        };
         for (kind, range) in aftermath.changed {
             drop(self.notifiers.invalidate_range_start(Event::new(kind, range.va_range())));
         }
+        self.lock().settling -= 1;
         // The devices have stopped using it.
         drop(aftermath.doomed);
+        drop(turn);
         if aftermath.children {
             self.supply_children();
         }

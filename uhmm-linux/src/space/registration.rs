@@ -55,12 +55,7 @@ impl Space {
     }
 
     /// Registers what of `range` is not yet registered in a way that covers `how`.
-    fn register(
-        &self,
-        state: &mut State,
-        range: PageRange,
-        how: Registered,
-    ) -> Result<(), Errno> {
+    fn register(&self, state: &mut State, range: PageRange, how: Registered) -> Result<(), Errno> {
         let wanted = numbers(range);
         let covers = |is: Registered| is == how || is == Registered::Missing;
         let mut gaps = Vec::new();
@@ -131,7 +126,8 @@ impl Space {
             let part = piece.start.max(whole.start)..piece.end.min(whole.end);
             (how == Registered::Missing).then_some(part)
         };
-        let pieces: Vec<_> = state.registered.overlapping(whole.clone()).filter_map(missing).collect();
+        let pieces: Vec<_> =
+            state.registered.overlapping(whole.clone()).filter_map(missing).collect();
         for piece in pieces {
             let part = range_of(piece.clone());
             if state.watched.overlaps(&piece) {
@@ -208,7 +204,9 @@ impl Space {
         for (run, _) in present {
             for part in run.blocks(super::state::CHUNK) {
                 let mut next = Some(part.first());
-                while let Some(rest) = next.and_then(|page| PageRange::from_bounds(page, part.last())) {
+                while let Some(rest) =
+                    next.and_then(|page| PageRange::from_bounds(page, part.last()))
+                {
                     let Some(block) = self.staging.allocate(super::state::CHUNK) else {
                         state.doubtful.insert(numbers(rest));
                         break;

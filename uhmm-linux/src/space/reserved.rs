@@ -65,7 +65,10 @@ impl Space {
                 match out {
                     // From now on a page of it that is not there is the kernel's affair. If it will
                     // not be, the range stays registered, and holes in it are served.
-                    None => return drop(self.release_range(&mut state, range)),
+                    None => {
+                        let _ = self.release_range(&mut state, range);
+                        return;
+                    }
                     Some(out) => out,
                 }
             };

@@ -76,11 +76,24 @@ thread_local! {
 
 type Tasks = SmallVec<[Task; 4]>;
 
+/// What a server is to do next.
+enum Turn {
+    Lead,
+    Perform(Task),
+    End,
+}
+
 impl Servers {
     pub(super) fn new() -> Result<Servers, Errno> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC)?;
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Servers { stop, bell, threads: Mutex::default(), team: Mutex::default(), turn: Condvar::new() })
+        Ok(Servers {
+            stop,
+            bell,
+            threads: Mutex::default(),
+            team: Mutex::default(),
+            turn: Condvar::new(),
+        })
     }
 
     /// Returns a descriptor that means nothing to anybody else.
@@ -93,35 +106,38 @@ impl Servers {
         let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
     }
 
-    /// Waits to be the leader; `false` if the servers are to end.
-    fn become_leader(&self) -> bool {
+    /// Waits for something to do: to lead, or a task that the leader could give to nobody.
+    fn wait_for_turn(&self) -> Turn {
         let mut team = lock(&self.team);
-        team.idle += 1;
-        while team.led && !team.stopping {
+        loop {
+            if team.stopping {
+                return Turn::End;
+            }
+            if !team.led {
+                team.led = true;
+                return Turn::Lead;
+            }
+            // Looked at under the lock under which a leader that finds nobody idle leaves it.
+            if let Some(task) = team.backlog.pop_front() {
+                return Turn::Perform(task);
+            }
+            team.idle += 1;
             team = self.turn.wait(team).unwrap_or_else(PoisonError::into_inner);
+            team.idle -= 1;
         }
-        team.idle -= 1;
-        team.led = true;
-        !team.stopping
     }
 
-    /// Lets another server lead, if one has time.
-    fn hand_over(&self) -> bool {
+    /// Lets another server lead, so that this one can do `tasks`. If none has time they are left for
+    /// the first that has.
+    fn hand_over(&self, tasks: Tasks) -> Option<Tasks> {
         let mut team = lock(&self.team);
         if team.idle == 0 {
-            return false;
+            team.backlog.extend(tasks);
+            return None;
         }
         team.led = false;
         self.turn.notify_one();
-        true
-    }
-
-    fn leave_for_others(&self, tasks: Tasks) {
-        lock(&self.team).backlog.extend(tasks);
-    }
-
-    fn next_of_backlog(&self) -> Option<Task> {
-        lock(&self.team).backlog.pop_front()
+        Some(tasks)
     }
 }
 
@@ -161,14 +177,17 @@ impl Space {
         self.reserve_this_thread();
         // Whoever sleeps for a page that a server was about to bring would sleep for ever.
         let abort = AbortOnPanic;
-        while self.servers.become_leader() {
-            LEADING.set(true);
-            let tasks = self.lead();
-            LEADING.set(false);
-            let Some(tasks) = tasks else { break };
-            tasks.into_iter().for_each(|task| self.perform(task));
-            while let Some(task) = self.servers.next_of_backlog() {
-                self.perform(task);
+        loop {
+            match self.servers.wait_for_turn() {
+                Turn::Lead => {
+                    LEADING.set(true);
+                    let tasks = self.lead();
+                    LEADING.set(false);
+                    let Some(tasks) = tasks else { break };
+                    tasks.into_iter().for_each(|task| self.perform(task));
+                }
+                Turn::Perform(task) => self.perform(task),
+                Turn::End => break,
             }
         }
         std::mem::forget(abort);
@@ -176,46 +195,54 @@ impl Space {
 
     /// Reads and serves until there is something to do for which another has taken the lead; `None`
     /// at the end.
+    ///
+    /// It waits only when there was nothing to read: a thread that has got its page has mostly
+    /// touched the next one by now, and to read is less work than to be woken.
     fn lead(&self) -> Option<Tasks> {
-        let mut pause = None;
+        let mut due: Option<Instant> = None;
         loop {
-            if !self.wait_for_message(pause) {
-                return None;
-            }
             let mut tasks = Tasks::new();
-            pause = {
+            let found = {
                 let mut state = self.lock();
                 let state = &mut *state;
-                self.read_messages(state);
+                let found = self.read_messages(state);
                 if !state.zaps.is_empty() {
                     self.drain(state);
                 }
                 self.serve_quickly(state, &mut tasks);
-                if !state.aftermath.is_empty() {
-                    tasks.push(Task::Settle);
-                }
-                let due = pause.is_some() && tasks.is_empty();
-                if due {
+                if due.take_if(|due| *due <= Instant::now()).is_some() {
                     self.sweep(state);
                     state.faults.extend(state.retries.drain(..));
                     self.serve_quickly(state, &mut tasks);
                 }
-                (!state.emptied.is_empty() || !state.retries.is_empty()).then_some(PAUSE)
+                if !state.aftermath.is_empty() {
+                    tasks.push(Task::Settle);
+                }
+                let unfinished = !state.emptied.is_empty() || !state.retries.is_empty();
+                due = due.filter(|_| unfinished);
+                if unfinished && due.is_none() {
+                    due = Some(Instant::now() + PAUSE);
+                }
+                found
             };
+            let wanted = tasks.len();
             tasks.retain(|task| !self.perform_at_once(task));
-            if tasks.is_empty() {
-                continue;
-            }
-            if self.servers.hand_over() {
+            let performed = tasks.len() < wanted;
+            if !tasks.is_empty()
+                && let Some(tasks) = self.servers.hand_over(tasks)
+            {
                 return Some(tasks);
             }
-            self.servers.leave_for_others(tasks);
+            if !found && !performed && !self.wait_for_message(due) {
+                return None;
+            }
         }
     }
 
-    /// Waits for a message, or for `pause`; `false` if the servers are to end.
-    fn wait_for_message(&self, pause: Option<Duration>) -> bool {
-        let timeout = pause.map(|pause| {
+    /// Waits for a message, or until `due`; `false` if the servers are to end.
+    fn wait_for_message(&self, due: Option<Instant>) -> bool {
+        let timeout = due.map(|due| {
+            let pause = due.saturating_duration_since(Instant::now());
             Timespec::try_from(pause).expect("a pause is short")
         });
         let (uffd, bell) = (self.kernel.uffd().as_fd(), self.servers.bell.as_fd());
@@ -246,14 +273,18 @@ impl Space {
             };
             match &extent.place {
                 Place::Transit { isolation, .. } => {
+                    count(&self.counters.faults_in_transit, 1);
                     let isolation = *isolation;
                     state.await_isolation(isolation);
                 }
                 Place::Device(block) => {
-                    let (pagemap, order) = (Arc::clone(block.pagemap()), extent.mapped());
+                    let (pagemap, order) = (Arc::clone(block.pagemap()), self.mapped_order(extent));
                     tasks.push(Task::Home { pagemap, page: fault.page, order, fault });
                 }
-                Place::Held { .. } => tasks.push(Task::Revoke(fault.page)),
+                Place::Held { .. } => {
+                    count(&self.counters.revoked, 1);
+                    tasks.push(Task::Revoke(fault.page));
+                }
                 Place::Parked(_) => {
                     if self.release_block(state, first).parked > 0 {
                         self.retry(state, fault, Failure::Memory);
@@ -308,7 +339,8 @@ impl Space {
             Failure::Memory => BusCode::NoMemory,
             Failure::Device => BusCode::Hardware,
         };
-        if thread::takes_sigbus(thread) && thread::send_sigbus(thread, page.address(), code).is_ok() {
+        if thread::takes_sigbus(thread) && thread::send_sigbus(thread, page.address(), code).is_ok()
+        {
             return;
         }
         state.poisoned.insert(super::state::numbers(page.into()));
@@ -321,7 +353,11 @@ impl Space {
 
     fn try_later(&self, state: &mut State, fault: Fault) {
         state.retries.push(fault);
-        // The leader may be waiting without a limit.
+        self.call_leader();
+    }
+
+    /// Makes the leader look at the state: it may be waiting without a limit.
+    pub(super) fn call_leader(&self) {
         self.servers.ring();
     }
 
@@ -383,6 +419,12 @@ impl Space {
                 _ => self.wake(page.into()),
             },
         }
+    }
+
+    /// Tells whether what events have left to do is for the leader: all that it has read itself, of
+    /// which no message will remind it, and children, whose parent waits.
+    pub(super) fn leaves_aftermath(&self, state: &State) -> bool {
+        state.aftermath.children || (LEADING.get() && !state.aftermath.is_empty())
     }
 
     /// Does what events have left to do, unless this is the leader, who does it after it has handed

@@ -65,7 +65,8 @@ impl Space {
                 Watched::Never => rights = Access::None,
             }
         }
-        let blank = PageEntry { residency: Residency::Empty, allowed: rights, ..Default::default() };
+        let blank =
+            PageEntry { residency: Residency::Empty, allowed: rights, ..Default::default() };
         entries.fill(blank);
         for &(run, what) in present.iter() {
             let first = piece.index_of(run.first()).expect("within the piece");

@@ -24,6 +24,7 @@ use uhmm::{DeviceBlock, DeviceLocation, Order, Page, PageRange};
 
 use super::fork::Child;
 use super::pool::PoolBlock;
+use crate::sys::fork::Wiped;
 use crate::sys::userfaultfd::{Message, Messages};
 
 /// A block of pages that are not in the program's page table.
@@ -103,6 +104,30 @@ pub(super) struct IsolationState {
     pub(super) awaited: bool,
 }
 
+/// How many blocks were out when the program changed their mappings.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Overtaken {
+    pub(crate) unmapped: Met,
+    pub(crate) discarded: Met,
+    pub(crate) remapped: Met,
+}
+
+/// How many of them were at a place to stay, and how many in transit.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Met {
+    pub(crate) out: u64,
+    pub(crate) in_transit: u64,
+}
+
+impl Met {
+    fn note(&mut self, extents: &[(Page, Extent)]) {
+        let transit = |(_, extent): &&(Page, Extent)| matches!(extent.place, Place::Transit { .. });
+        let in_transit = extents.iter().filter(transit).count() as u64;
+        self.in_transit += in_transit;
+        self.out += extents.len() as u64 - in_transit;
+    }
+}
+
 /// What is behind the lock. See the [module](self).
 pub(super) struct State {
     out: BTreeMap<Page, Extent>,
@@ -135,6 +160,8 @@ pub(super) struct State {
     /// Those that are to be tried again a little later.
     pub(super) retries: Vec<Fault>,
     pub(super) aftermath: Aftermath,
+    /// How many threads are telling devices of changes that have been made.
+    pub(super) settling: u32,
     /// Children that lack pages which are still on their way to them. What they lack is out.
     pub(super) children: Vec<Child>,
     /// What has been unregistered since there may have been a fork that has not been read of.
@@ -143,6 +170,8 @@ pub(super) struct State {
     pub(super) armed: bool,
     /// A descriptor to be closed when there is no room for that of a child.
     pub(super) spare: Option<OwnedFd>,
+    /// What a child finds wiped. Open while forks are held back.
+    pub(super) wiped: Option<Wiped>,
     /// Since when there has been no room for the descriptor of a child.
     pub(super) crowded: Option<Instant>,
     /// Where the next page goes that only children still need.
@@ -152,6 +181,8 @@ pub(super) struct State {
     pub(super) messages: Messages,
     /// How many events have been applied.
     pub(super) epoch: u64,
+    /// What they have met.
+    pub(super) overtaken: Overtaken,
     /// How many forks are about to happen: nothing leaves meanwhile.
     pub(super) forking: u32,
     /// The address space has been taken apart.
@@ -191,15 +222,18 @@ impl State {
             faults: VecDeque::new(),
             retries: Vec::new(),
             aftermath: Aftermath::default(),
+            settling: 0,
             children: Vec::new(),
             released: RangeSet::new(),
             armed: false,
             spare: None,
+            wiped: None,
             crowded: None,
             limbo: LIMBO,
             zaps: Vec::new(),
             messages: Messages::new(),
             epoch: 0,
+            overtaken: Overtaken::default(),
             forking: 0,
             over: false,
             numbers: 0,
@@ -223,9 +257,28 @@ impl State {
         id
     }
 
+    /// Tells whether a device may still use what it had before a change that has been made: memory of
+    /// a device, or staging, that is let go of now is to be [doomed](Aftermath::doomed).
+    pub(super) fn is_unsettled(&self) -> bool {
+        self.settling > 0 || !self.aftermath.changed.is_empty()
+    }
+
     /// Tells whether the pages of an isolation may not be where it took them any more.
     pub(super) fn is_disturbed(&self, isolation: IsolationId) -> bool {
         self.isolations.get(&isolation).is_none_or(|state| state.disturbed)
+    }
+
+    /// Tells whether somebody sleeps in the kernel for a page of an isolation.
+    pub(super) fn is_awaited(&self, isolation: IsolationId) -> bool {
+        self.isolations.get(&isolation).is_some_and(|state| state.awaited)
+    }
+
+    /// Returns where the pages of an isolation are mapped now.
+    pub(super) fn blocks_of(&self, of: IsolationId) -> impl Iterator<Item = PageRange> {
+        self.out.iter().filter_map(move |(first, extent)| match extent.place {
+            Place::Transit { isolation, .. } if isolation == of => Some(first.block(extent.order)),
+            _ => None,
+        })
     }
 
     /// Notes that somebody sleeps for a page of an isolation.
@@ -424,7 +477,12 @@ impl State {
 
     /// Drops what is out in `range`, which the program has unmapped or discarded.
     fn lose(&mut self, kind: EventKind, range: PageRange) -> PageRange {
-        for (first, extent) in self.take(range) {
+        let lost = self.take(range);
+        match kind {
+            EventKind::Unmap => self.overtaken.unmapped.note(&lost),
+            _ => self.overtaken.discarded.note(&lost),
+        }
+        for (first, extent) in lost {
             let block = numbers(first.block(extent.order));
             if self.children.iter().any(|child| child.lacks(&block)) {
                 let to = self.place_in_limbo(extent.order);
@@ -465,7 +523,9 @@ impl State {
             self.watched.insert(moved(piece.start)..moved(piece.end));
         }
         self.children.iter_mut().for_each(|child| child.follow(&numbers(from), to));
-        for (first, extent) in self.take(from) {
+        let taken = self.take(from);
+        self.overtaken.remapped.note(&taken);
+        for (first, extent) in taken {
             let first = Page::new(moved(first.number())).expect("a mapping fits");
             self.insert_realigned(first, extent);
         }
@@ -520,11 +580,6 @@ impl Extent {
     /// Makes a block of pages that the CPUs had as single ones.
     pub(super) fn new(order: Order, place: Place) -> Extent {
         Extent { order, huge: false, place }
-    }
-
-    /// Returns the size that its pages had in the page table.
-    pub(super) fn mapped(&self) -> Order {
-        if self.huge { self.order } else { Order::PAGE }
     }
 
     /// Cuts a block of more than one page in two.

@@ -76,6 +76,11 @@ impl Space {
         stay: &mut dyn FnMut(PageRange, StayReason),
     ) -> SmallVec<[Candidate; 2]> {
         let mut candidates = SmallVec::new();
+        if self.is_registered_missing(&self.lock(), range) {
+            // It was looked up then. What its mapping is now the kernel says when it moves.
+            candidates.push(Candidate { pages: range, mapping: range });
+            return candidates;
+        }
         let mut next = Some(range.first());
         while let Some(page) = next.filter(|&page| page <= range.last()) {
             let rest = PageRange::from_bounds(page, range.last()).expect("checked just now");
@@ -256,9 +261,6 @@ impl Space {
         let mut runs: SmallVec<[Run; 1]> = SmallVec::new();
         let undisturbed = self.move_out(state, token, pages, &staged, &mut runs);
         if undisturbed && matches!(runs[..], [Run { fate: Fate::Moved, .. }]) {
-            if order == CHUNK && self.is_huge(staged.range()) {
-                state.note_huge(first);
-            }
             isolation.enter(token, first, order, Contents::Staged(staged));
             return;
         }
@@ -270,13 +272,6 @@ impl Space {
             }
         }
         self.take_runs(state, isolation, token, pages, staged, &runs);
-    }
-
-    /// Tells whether a block is one page to the CPUs.
-    fn is_huge(&self, block: PageRange) -> bool {
-        let mut found = Vec::new();
-        let scanned = self.kernel.scan(block, Categories::HUGE, &mut found);
-        scanned.is_ok() && !found.is_empty()
     }
 
     /// Takes what of a block came out, in as many pieces as that takes.
@@ -310,7 +305,9 @@ impl Space {
                     page.block(order).blocks(step).map(move |piece| (piece.first(), step))
                 });
                 match run.fate {
-                    Fate::Moved => moved.extend(pieces.map(|(page, order)| (shift(page), page, order))),
+                    Fate::Moved => {
+                        moved.extend(pieces.map(|(page, order)| (shift(page), page, order)))
+                    }
                     Fate::Zero => zero.extend(pieces.map(|(page, order)| (shift(page), order))),
                     Fate::Stayed(_) | Fate::Shared => {}
                 }
@@ -375,8 +372,7 @@ impl Space {
                 }
                 Err(Errno::NOENT) => (self.absent(rest), Fate::Zero),
                 Err(Errno::BUSY) => (page, Fate::Shared),
-                // Of all that the kernel refuses this way, only this is not told by the mapping.
-                Err(Errno::INVAL) => (rest, Fate::Stayed(StayReason::Locked)),
+                Err(Errno::INVAL) => (rest, Fate::Stayed(self.explain_refusal(rest.first()))),
                 Err(Errno::NOMEM) => (page, Fate::Stayed(StayReason::OutOfSystemMemory)),
                 Err(_) => (page, Fate::Stayed(StayReason::Changed)),
             };
@@ -384,6 +380,19 @@ impl Space {
             next = done.last().checked_add(1);
         }
         undisturbed
+    }
+
+    /// Says why the kernel refuses to move a page of any kind.
+    pub(super) fn explain_refusal(&self, page: Page) -> StayReason {
+        match self.kernel.vma(page) {
+            Ok(Some(vma)) if vma.range.contains(page) => match movable(&vma) {
+                Err(reason) => reason,
+                // Of all that the kernel refuses this way, only this is not told by the mapping.
+                Ok(()) => StayReason::Locked,
+            },
+            Ok(_) => StayReason::Hole,
+            Err(_) => StayReason::Busy,
+        }
     }
 
     /// Returns the pages from the first of `rest` on that are not there. The first is not.
@@ -411,8 +420,8 @@ impl Space {
         to: Owner,
     ) {
         for &page in shared {
-            let own = self.lock().at(page).is_none()
-                && self.kernel.populate(page.into(), true).is_ok();
+            let own =
+                self.lock().at(page).is_none() && self.kernel.populate(page.into(), true).is_ok();
             let mapping = candidates.iter().find(|candidate| candidate.pages.contains(page));
             let mut pinned = !own;
             if let (true, Some(&Candidate { mapping, .. })) = (own, mapping) {

@@ -6,6 +6,7 @@
 //! and not taken from a crate, because no crate has all of them, and because one file can be
 //! checked as a whole: the tests compare every number and every offset with the headers of the
 //! machine, and try each that those lack on the running kernel.
+#![allow(dead_code, reason = "the interface is wrapped and tested whole, and used in part")]
 
 use std::ffi::c_void;
 use std::os::fd::AsFd;

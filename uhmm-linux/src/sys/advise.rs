@@ -6,15 +6,16 @@
 //!
 //! | range | to read | to write |
 //! | --- | --- | --- |
-//! | nothing is mapped in a part of it | ENOMEM | ENOMEM |
-//! | `PROT_NONE` | EINVAL | EINVAL |
-//! | may be read and not written | | EINVAL |
-//! | may be written and not read | EINVAL | |
-//! | beyond the end of a file, a guard, hugetlbfs is exhausted | EFAULT | EFAULT |
-//! | poisoned | EHWPOISON | EHWPOISON |
-//! | vvar and others that are not memory | EINVAL | EINVAL |
+//! | nothing is mapped in a part of it | `ENOMEM` | `ENOMEM` |
+//! | `PROT_NONE` | `EINVAL` | `EINVAL` |
+//! | may be read and not written | | `EINVAL` |
+//! | may be written and not read | `EINVAL` | |
+//! | beyond the end of a file, a guard, hugetlbfs is exhausted | `EFAULT` | `EFAULT` |
+//! | poisoned | `EHWPOISON` | `EHWPOISON` |
+//! | vvar and others that are not memory | `EINVAL` | `EINVAL` |
 //! | missing, and a userfaultfd is told of it | waits, as a thread would | the same |
-//! | the same, with `Faults::UserModeOnly` or `Features::SIGBUS` | EFAULT | EFAULT |
+//! | the same, with `Faults::UserModeOnly` or `Features::SIGBUS` | `EFAULT` | `EFAULT` |
+#![allow(dead_code, reason = "the interface is wrapped and tested whole, and used in part")]
 
 use std::ffi::c_void;
 use std::ptr;
@@ -53,7 +54,8 @@ pub(crate) fn populate_write(range: PageRange) -> Result<(), Errno> {
 ///
 /// # Errors
 ///
-/// ENOMEM if nothing is mapped in a part of the range; EINVAL if a part is locked, or not memory.
+/// `ENOMEM` if nothing is mapped in a part of the range; `EINVAL` if a part is locked, or not
+/// memory.
 #[doc(alias = "MADV_DONTNEED")]
 #[inline]
 pub(crate) fn dontneed(range: PageRange) -> Result<(), Errno> {
@@ -64,7 +66,7 @@ pub(crate) fn dontneed(range: PageRange) -> Result<(), Errno> {
 ///
 /// # Errors
 ///
-/// ENOMEM if nothing is mapped in a part of the range, or if there would be too many mappings.
+/// `ENOMEM` if nothing is mapped in a part of the range, or if there would be too many mappings.
 #[doc(alias = "MADV_DONTFORK")]
 pub(crate) fn dontfork(range: PageRange) -> Result<(), Errno> {
     advise(range, Advice::LinuxDontFork)
@@ -74,7 +76,7 @@ pub(crate) fn dontfork(range: PageRange) -> Result<(), Errno> {
 ///
 /// # Errors
 ///
-/// EINVAL if the kernel has none; ENOMEM as for [`dontfork`].
+/// `EINVAL` if the kernel has none; `ENOMEM` as for [`dontfork`].
 #[doc(alias = "MADV_HUGEPAGE")]
 pub(crate) fn hugepage(range: PageRange) -> Result<(), Errno> {
     advise(range, Advice::LinuxHugepage)
@@ -84,7 +86,7 @@ pub(crate) fn hugepage(range: PageRange) -> Result<(), Errno> {
 ///
 /// # Errors
 ///
-/// EINVAL if the kernel has none anyway; ENOMEM as for [`dontfork`].
+/// `EINVAL` if the kernel has none anyway; `ENOMEM` as for [`dontfork`].
 #[doc(alias = "MADV_NOHUGEPAGE")]
 pub(crate) fn nohugepage(range: PageRange) -> Result<(), Errno> {
     advise(range, Advice::LinuxNoHugepage)
@@ -95,7 +97,7 @@ pub(crate) fn nohugepage(range: PageRange) -> Result<(), Errno> {
 ///
 /// # Errors
 ///
-/// EINVAL if it is other memory; ENOMEM as for [`dontfork`].
+/// `EINVAL` if it is other memory; `ENOMEM` as for [`dontfork`].
 #[doc(alias = "MADV_WIPEONFORK")]
 pub(crate) fn wipeonfork(range: PageRange) -> Result<(), Errno> {
     advise(range, Advice::LinuxWipeOnFork)

@@ -1,9 +1,11 @@
 //! Being copied: what runs around `fork`, and how a copy knows that it is one.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use uhmm::PAGE_SIZE;
+use uhmm::{PAGE_SIZE, PageRange};
 
 use super::region::{Region, RegionOptions};
 use super::thread::errno;
@@ -85,6 +87,62 @@ impl ForkMark {
     pub(crate) fn is_ours(&self) -> bool {
         self.0.first_word() != 0
     }
+}
+
+/// Tells what a child finds wiped (`MADV_WIPEONFORK`): by `/proc/self/smaps`, since no faster
+/// interface says so. That walks all page tables.
+#[derive(Debug)]
+pub(crate) struct Wiped(OwnedFd);
+
+impl Wiped {
+    /// Opens the file, so that to read it takes no descriptor.
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE` and `ENFILE`; `ENOENT` where there is no `/proc`.
+    pub(crate) fn open() -> Result<Wiped, Errno> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        Ok(Wiped(rustix::fs::open("/proc/self/smaps", flags, Mode::empty())?))
+    }
+
+    /// Returns the ranges, as they are now.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn ranges(&self) -> Result<Vec<PageRange>, Errno> {
+        let mut text = Vec::new();
+        let mut part = [0; 4096];
+        loop {
+            match rustix::io::pread(&self.0, &mut part, text.len() as u64) {
+                Ok(0) => break,
+                Ok(read) => text.extend_from_slice(&part[..read]),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(wiped_in(&String::from_utf8_lossy(&text)))
+    }
+}
+
+/// Finds the ranges in the text of a `smaps` file: a line with the addresses of a mapping, lines with
+/// its properties, and a last one with its flags.
+fn wiped_in(smaps: &str) -> Vec<PageRange> {
+    let mut ranges = Vec::new();
+    let mut mapping = None;
+    for line in smaps.lines() {
+        let first = line.split(' ').next().unwrap_or_default();
+        if let Some((start, end)) = first.split_once('-') {
+            let number = |text| u64::from_str_radix(text, 16).ok();
+            mapping = number(start).zip(number(end));
+        } else if let Some(flags) = line.strip_prefix("VmFlags:")
+            && flags.split(' ').any(|flag| flag == "wf")
+            && let Some((start, end)) = mapping
+        {
+            ranges.extend(PageRange::new(start, end - start));
+        }
+    }
+    ranges
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 //!
 //! An answer is true of one mapping at one moment. Those of [`Maps::all`] are of different
 //! moments.
+#![allow(dead_code, reason = "the interface is wrapped and tested whole, and used in part")]
 
 use std::os::fd::OwnedFd;
 
@@ -121,7 +122,7 @@ impl Maps {
     ///
     /// # Errors
     ///
-    /// Those of read(2) on files of `/proc`: ESRCH once the process that opened it is no more.
+    /// Those of read(2) on files of `/proc`: `ESRCH` once the process that opened it is no more.
     #[doc(alias = "PROCMAP_QUERY")]
     #[inline]
     pub(crate) fn at_or_after(&self, page: Page) -> Result<Option<Vma>, Errno> {

@@ -7,7 +7,7 @@
 //! | --- | --- | --- |
 //! | [`userfaultfd`] | userfaultfd(2) and its events | 4.11 |
 //! | | faults that name their thread | 4.14 |
-//! | | write protection that the kernel resolves, so that files can be registered (`WP_ASYNC`) | 6.7 |
+//! | | files registered: write protection that the kernel resolves (`WP_ASYNC`) | 6.7 |
 //! | | `UFFDIO_MOVE` | 6.8 |
 //! | | without privileges, for faults outside the kernel (`UFFD_USER_MODE_ONLY`) | 5.11 |
 //! | | by `/dev/userfaultfd`, where the system call is not permitted | 6.1, optional |

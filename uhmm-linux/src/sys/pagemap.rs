@@ -7,6 +7,7 @@
 //! and not for all at the same.
 //!
 //! `Documentation/admin-guide/mm/pagemap.rst` of the kernel describes both.
+#![allow(dead_code, reason = "the interface is wrapped and tested whole, and used in part")]
 
 use std::os::fd::OwnedFd;
 
@@ -69,7 +70,7 @@ impl Pagemap {
     ///
     /// # Errors
     ///
-    /// Those of open(2); ENOTTY without `PAGEMAP_SCAN` (6.7).
+    /// Those of open(2); `ENOTTY` without `PAGEMAP_SCAN` (6.7).
     pub(crate) fn open() -> Result<Pagemap, Errno> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let fd = rustix::fs::open("/proc/self/pagemap", flags, Mode::empty())?;
@@ -96,7 +97,8 @@ impl Pagemap {
     ///
     /// # Errors
     ///
-    /// EFAULT if the range is no memory that a program can have. `out` holds what was found before.
+    /// `EFAULT` if the range is no memory that a program can have. `out` holds what was found
+    /// before.
     #[doc(alias = "PAGEMAP_SCAN")]
     pub(crate) fn scan(
         &self,

@@ -5,9 +5,9 @@
 //!
 //! * **While the address space changes, nothing can be filled in.** From before a change that
 //!   sends an event begins until its caller has woken up again, every operation that fills or
-//!   protects pages, on any range, says EAGAIN and does nothing. [`Userfaultfd::changing`] asks
+//!   protects pages, on any range, says `EAGAIN` and does nothing. [`Userfaultfd::changing`] asks
 //!   just that. Within this time there need not be an event to read: it may not have been sent
-//!   yet, or the caller may not be awake yet. EAGAIN therefore means: read what there is, look
+//!   yet, or the caller may not be awake yet. `EAGAIN` therefore means: read what there is, look
 //!   again at what one was about to do, and try again.
 //! * **Who reads must not change.** A thread that unmaps, discards or moves registered memory
 //!   waits for its event to be read; so does one that forks. The only reader must do none of it,
@@ -15,6 +15,7 @@
 //!
 //! The structures are described in [`super::abi`], the interface in userfaultfd(2) and
 //! ioctl_userfaultfd(2), and `Documentation/admin-guide/mm/userfaultfd.rst` of the kernel.
+#![allow(dead_code, reason = "the interface is wrapped and tested whole, and used in part")]
 
 use std::ffi::c_void;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -41,7 +42,7 @@ bitflags! {
     pub(crate) struct Features: u64 {
         /// Faults say whether they are of a write-protected page (5.7).
         const PAGEFAULT_FLAG_WP = abi::UFFD_FEATURE_PAGEFAULT_FLAG_WP;
-        /// [`Message::Fork`] (4.11). To ask for it takes `CAP_SYS_PTRACE`, else it is EPERM.
+        /// [`Message::Fork`] (4.11). To ask for it takes `CAP_SYS_PTRACE`, else it is `EPERM`.
         const EVENT_FORK = abi::UFFD_FEATURE_EVENT_FORK;
         /// [`Message::Remap`] and [`Message::Duplicate`] (4.11). Without it, what mremap(2) moves
         /// is no longer registered.
@@ -97,8 +98,8 @@ pub(crate) enum Faults {
     /// Everybody's. Takes `CAP_SYS_PTRACE`, or the sysctl `vm.unprivileged_userfaultfd`, or the
     /// right to open `/dev/userfaultfd`.
     All,
-    /// Those of code outside the kernel; a system call that touches a missing page fails (EFAULT).
-    /// Everybody may (5.11).
+    /// Those of code outside the kernel; a system call that touches a missing page fails
+    /// (`EFAULT`). Everybody may (5.11).
     #[doc(alias = "UFFD_USER_MODE_ONLY")]
     UserModeOnly,
 }
@@ -125,7 +126,7 @@ pub(crate) struct MoveOptions {
 
 /// How far an operation on a range came.
 ///
-/// The kernel does not say why it stopped in the middle: after some pages the error is EAGAIN,
+/// The kernel does not say why it stopped in the middle: after some pages the error is `EAGAIN`,
 /// whatever it was. To try again from the first page that is not done brings the true reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
@@ -143,7 +144,7 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// EINVAL if the kernel lacks one of `wanted`; EPERM if it is not permitted; ENOSYS.
+    /// `EINVAL` if the kernel lacks one of `wanted`; `EPERM` if it is not permitted; `ENOSYS`.
     pub(crate) fn open(faults: Faults, wanted: Features) -> Result<Userfaultfd, Errno> {
         let fd = create(faults)?;
         handshake(&fd, wanted)?;
@@ -158,7 +159,7 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// EPERM, ENOSYS.
+    /// `EPERM`, `ENOSYS`.
     pub(crate) fn offered(faults: Faults) -> Result<Features, Errno> {
         let fd = create(faults)?;
         Ok(Features::from_bits_truncate(handshake(&fd, Features::empty())?))
@@ -176,10 +177,12 @@ impl Userfaultfd {
     }
 
     /// Closes the userfaultfd as its drop would, while others still refer to it: its ranges are
-    /// unregistered, and whoever waits goes on. Whatever it is asked from now on fails with ENOTTY.
+    /// unregistered, and whoever waits goes on. Whatever it is asked from now on fails with
+    /// `ENOTTY`, and a read brings no message.
     ///
     /// The descriptor is not free until the drop, so that none of those who still have it can meet
-    /// another file there: it is that of `instead` meanwhile. This cannot run out of anything.
+    /// another file there: it is that of `instead` meanwhile, an eventfd, out of which nothing can be
+    /// read that is as long as a message. This cannot run out of anything.
     pub(crate) fn retire(&self, instead: BorrowedFd<'_>) -> Result<(), Errno> {
         // SAFETY: the descriptor is ours, and stays open: it only refers to another file.
         let replaced =
@@ -187,7 +190,8 @@ impl Userfaultfd {
         if replaced < 0 {
             return Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO));
         }
-        // SeqCst, like the load: whoever sees it leaves the kernel alone, whoever does not gets ENOTTY.
+        // SeqCst, like the load: whoever sees it leaves the kernel alone, whoever does not gets
+        // `ENOTTY`.
         self.retired.store(true, Ordering::SeqCst);
         Ok(())
     }
@@ -204,10 +208,10 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// EINVAL if nothing is mapped there, or if one mapping in it cannot be registered so; EBUSY if
-    /// another userfaultfd has one of them; EPERM for shared memory that may not be written to.
-    /// These leave all as it was. ENOMEM if there would be too many mappings: the range may then be
-    /// registered in part.
+    /// `EINVAL` if nothing is mapped there, or if one mapping in it cannot be registered so;
+    /// `EBUSY` if another userfaultfd has one of them; `EPERM` for shared memory that may not be
+    /// written to. These leave all as it was. `ENOMEM` if there would be too many mappings: the
+    /// range may then be registered in part.
     #[doc(alias = "UFFDIO_REGISTER")]
     pub(crate) fn register(&self, range: PageRange, modes: Modes) -> Result<(), Errno> {
         let mode = modes.bits();
@@ -223,7 +227,7 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// EINVAL if nothing is mapped there, or something that could not be registered. Who waits is
+    /// `EINVAL` if nothing is mapped there, or something that could not be registered. Who waits is
     /// woken all the same.
     #[doc(alias = "UFFDIO_UNREGISTER")]
     pub(crate) fn unregister(&self, range: PageRange) -> Result<(), Errno> {
@@ -236,7 +240,7 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// EINVAL if the range is no memory that a program can have.
+    /// `EINVAL` if the range is no memory that a program can have.
     #[doc(alias = "UFFDIO_WAKE")]
     #[inline]
     pub(crate) fn wake(&self, range: PageRange) -> Result<(), Errno> {
@@ -249,10 +253,10 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// EINVAL if a mapping does not allow it (both must be writable, private, anonymous, locked
-    /// both or not at all, and `to` registered); ENOENT if a page of `from` is missing and holes
-    /// are not allowed, or if a range is not all mapped; EEXIST if one of `to` is there, or is
-    /// marked write-protected; EBUSY if a page is shared with a child or pinned; EAGAIN.
+    /// `EINVAL` if a mapping does not allow it (both must be writable, private, anonymous, locked
+    /// both or not at all, and `to` registered); `ENOENT` if a page of `from` is missing and holes
+    /// are not allowed, or if a range is not all mapped; `EEXIST` if one of `to` is there, or is
+    /// marked write-protected; `EBUSY` if a page is shared with a child or pinned; `EAGAIN`.
     #[doc(alias = "UFFDIO_MOVE")]
     #[inline]
     pub(crate) fn move_pages(&self, from: PageRange, to: Page, options: MoveOptions) -> Progress {
@@ -272,8 +276,8 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// ENOENT if `to` is not registered; EEXIST if one of its pages is there; EFAULT if `from`
-    /// cannot be read; EAGAIN.
+    /// `ENOENT` if `to` is not registered; `EEXIST` if one of its pages is there; `EFAULT` if
+    /// `from` cannot be read; `EAGAIN`.
     #[doc(alias = "UFFDIO_COPY")]
     #[inline]
     pub(crate) fn copy(&self, from: Page, to: PageRange, wake: bool) -> Progress {
@@ -288,8 +292,8 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// ENOENT if it is not registered; EEXIST if a page is there, or is marked write-protected;
-    /// EAGAIN.
+    /// `ENOENT` if it is not registered; `EEXIST` if a page is there, or is marked write-protected;
+    /// `EAGAIN`.
     #[doc(alias = "UFFDIO_ZEROPAGE")]
     #[inline]
     pub(crate) fn zeropage(&self, range: PageRange, wake: bool) -> Progress {
@@ -304,7 +308,7 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// ENOENT if it is not registered in that mode; EAGAIN.
+    /// `ENOENT` if it is not registered in that mode; `EAGAIN`.
     #[doc(alias = "UFFDIO_WRITEPROTECT")]
     pub(crate) fn write_protect(
         &self,
@@ -323,8 +327,8 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// ENOENT if it is not registered; EFAULT if the file has no such page; EEXIST if one is
-    /// mapped; EAGAIN.
+    /// `ENOENT` if it is not registered; `EFAULT` if the file has no such page; `EEXIST` if one is
+    /// mapped; `EAGAIN`.
     #[doc(alias = "UFFDIO_CONTINUE")]
     pub(crate) fn continue_(&self, range: PageRange, wake: bool) -> Progress {
         let mode = unless(wake, abi::UFFDIO_CONTINUE_MODE_DONTWAKE);
@@ -334,11 +338,11 @@ impl Userfaultfd {
     }
 
     /// Makes the missing pages of `range`, all registered, fail: a thread that touches one gets
-    /// SIGBUS, a system call EHWPOISON or EFAULT (6.6). `MADV_DONTNEED` ends it.
+    /// SIGBUS, a system call `EHWPOISON` or `EFAULT` (6.6). `MADV_DONTNEED` ends it.
     ///
     /// # Errors
     ///
-    /// ENOENT if it is not registered; EEXIST if a page is there; EAGAIN.
+    /// `ENOENT` if it is not registered; `EEXIST` if a page is there; `EAGAIN`.
     #[doc(alias = "UFFDIO_POISON")]
     pub(crate) fn poison(&self, range: PageRange, wake: bool) -> Progress {
         let mode = unless(wake, abi::UFFDIO_POISON_MODE_DONTWAKE);
@@ -354,7 +358,7 @@ impl Userfaultfd {
     /// call. Needs no event of a certain kind, and changes nothing.
     #[inline]
     pub(crate) fn changing(&self) -> bool {
-        // An empty range is refused (EINVAL). That the address space changes is found earlier.
+        // An empty range is refused (`EINVAL`). That the address space changes is found earlier.
         let range = UffdioRange { start: 0, len: 0 };
         self.call(&mut abi::UffdioWriteprotect { range, mode: 0 }) == Err(Errno::AGAIN)
     }
@@ -364,7 +368,7 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// EMFILE and ENFILE if a child's descriptor does not fit; the event stays to be read.
+    /// `EMFILE` and `ENFILE` if a child's descriptor does not fit; the event stays to be read.
     #[inline]
     pub(crate) fn read(&self, messages: &mut Messages) -> Result<usize, Errno> {
         loop {
@@ -379,7 +383,7 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// EAGAIN if there is nothing; those of [`Userfaultfd::read`].
+    /// `EAGAIN` if there is nothing; those of [`Userfaultfd::read`].
     #[inline]
     pub(crate) fn read_now(&self, messages: &mut Messages) -> Result<usize, Errno> {
         messages.fill(self)
@@ -392,7 +396,7 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// ENOMEM.
+    /// `ENOMEM`.
     pub(crate) fn wait(&self, stop: Option<BorrowedFd<'_>>) -> Result<bool, Errno> {
         let own = self.fd.as_fd();
         let mut fds =

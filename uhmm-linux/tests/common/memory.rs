@@ -321,7 +321,7 @@ impl Drop for Mapping {
 }
 
 impl Line {
-    fn parse(line: &str) -> Option<Line> {
+    pub(crate) fn parse(line: &str) -> Option<Line> {
         let mut words = line.splitn(6, ' ');
         let (start, end) = words.next()?.split_once('-')?;
         let number = |text| u64::from_str_radix(text, 16).ok();

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
+pub(crate) mod children;
 /// The simulation's test device: it is made of what `uhmm` offers to any device.
 #[path = "../../../uhmm/tests/model/device.rs"]
 pub(crate) mod device;

@@ -22,6 +22,8 @@ pub(crate) enum Trap {
     Key,
     /// SIGBUS, `BUS_ADRERR`: the mapping has no page there.
     NoPage,
+    /// SIGBUS, `BUS_OBJERR`: what has the page does not give it.
+    Hardware,
     /// SIGBUS, `BUS_MCEERR_AR`: the page is marked as bad.
     Poisoned,
     /// Another signal or code.
@@ -179,6 +181,7 @@ impl Raw {
             (SEGV, 2) => Trap::Denied,
             (SEGV, 4) => Trap::Key,
             (BUS, libc::BUS_ADRERR) => Trap::NoPage,
+            (BUS, libc::BUS_OBJERR) => Trap::Hardware,
             (BUS, libc::BUS_MCEERR_AR) => Trap::Poisoned,
             _ => Trap::Other { signal: signal as u16, code },
         })
@@ -192,6 +195,7 @@ impl fmt::Display for Trap {
             Trap::Denied => write!(f, "SIGSEGV (SEGV_ACCERR)"),
             Trap::Key => write!(f, "SIGSEGV (SEGV_PKUERR)"),
             Trap::NoPage => write!(f, "SIGBUS (BUS_ADRERR)"),
+            Trap::Hardware => write!(f, "SIGBUS (BUS_OBJERR)"),
             Trap::Poisoned => write!(f, "SIGBUS (BUS_MCEERR_AR)"),
             Trap::Other { signal, code } => write!(f, "signal {signal}, code {code}"),
         }

@@ -14,7 +14,7 @@ use uhmm::PAGE_SIZE;
 
 use super::super::advise;
 use super::super::testing::{
-    Cause, Mapping, Reader, load, pointer, register, start, store, unmap, waiting,
+    Cause, Mapping, Reader, load, pointer, register, start, store, waiting,
 };
 use super::super::userfaultfd::{Faults, Features, Modes, Userfaultfd};
 use super::*;
@@ -76,8 +76,10 @@ fn constants() -> Vec<Number> {
         UFFDIO_POISON_MODE_DONTWAKE, UFFDIO_MOVE_MODE_DONTWAKE, UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES,
         PAGE_IS_WPALLOWED, PAGE_IS_WRITTEN, PAGE_IS_FILE, PAGE_IS_PRESENT, PAGE_IS_SWAPPED,
         PAGE_IS_PFNZERO, PAGE_IS_HUGE, PAGE_IS_SOFT_DIRTY, PAGE_IS_GUARD,
-        PROCMAP_QUERY_VMA_READABLE if "PROCMAP_QUERY", PROCMAP_QUERY_VMA_WRITABLE if "PROCMAP_QUERY",
-        PROCMAP_QUERY_VMA_EXECUTABLE if "PROCMAP_QUERY", PROCMAP_QUERY_VMA_SHARED if "PROCMAP_QUERY",
+        PROCMAP_QUERY_VMA_READABLE if "PROCMAP_QUERY",
+        PROCMAP_QUERY_VMA_WRITABLE if "PROCMAP_QUERY",
+        PROCMAP_QUERY_VMA_EXECUTABLE if "PROCMAP_QUERY",
+        PROCMAP_QUERY_VMA_SHARED if "PROCMAP_QUERY",
         PROCMAP_QUERY_COVERING_OR_NEXT_VMA if "PROCMAP_QUERY",
     };
     all.into()
@@ -421,7 +423,7 @@ fn scans_huge() -> Option<&'static str> {
 /// Every field of the argument.
 fn scans_within_limits() -> [&'static str; 1] {
     let memory = Mapping::anonymous(6);
-    [0, 1, 3, 4].map(|index| memory.store(index, 1));
+    [0, 1, 3, 4].into_iter().for_each(|index| memory.store(index, 1));
     let (address, page) = (memory.range().address(), PAGE_SIZE as u64);
     let mut regions = [PageRegion::default(); 8];
     let plain = scan_of(memory.range(), PAGE_IS_PRESENT, PAGE_IS_PRESENT);

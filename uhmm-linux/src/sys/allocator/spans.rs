@@ -18,11 +18,8 @@
 //!    Again these are in one order. A span can be current in several shards, and listed too; it is
 //!    only less good, because their threads then write to the same words.
 //! 4. Only who has taken a span off a list, and has not yet cleared its flag, may take all of its
-//!    objects and return it. So a listed span has the class that it had or belongs to nobody, and
-//!    nobody writes its `next` but who put it on the list.
-//! 5. A span may be on the list of a class that it no longer has: who was about to list it was
-//!    overtaken. Who takes it off puts it on the right one. It may also still be current there: rule
-//!    1 takes care of that.
+//!    objects and return it. So a span that is listed keeps its class, and nobody writes its `next`
+//!    but who put it on the list. It may still be current where it was: rule 1 takes care of that.
 //!
 //! A thread that stops anywhere keeps at most the span or the object that it has in its hands from
 //! the others, who find another. That is more than speed: a thread may fault on its own stack in the
@@ -291,7 +288,7 @@ impl<'a> Spans<'a> {
         let span = self.span(number);
         while span.has_free() && !span.listed.swap(true, Ordering::SeqCst) {
             if let Use::Class(class) = span.usage() {
-                // While the flag is ours, nobody returns it (rule 4).
+                // It keeps its class, because the flag is ours (rule 4).
                 self.push(class, number);
                 return;
             }
@@ -303,42 +300,32 @@ impl<'a> Spans<'a> {
 
     /// Takes a span with free objects off the list of a class. They may be gone by now.
     pub(super) fn unlist(self, class: usize) -> Option<u32> {
-        loop {
-            let number = self.pop(class)?;
-            let span = self.span(number);
-            span.listed.store(false, Ordering::SeqCst);
-            // The caller looks for free objects by relaxed loads; the fence is what puts them into
-            // the order of rule 2.
-            fence(Ordering::SeqCst);
-            if span.usage() == Use::Class(class) {
-                return Some(number);
-            }
-            // Rule 5.
-            self.list(number);
-        }
+        let number = self.pop(class)?;
+        let span = self.span(number);
+        debug_assert_eq!(span.usage(), Use::Class(class), "rule 4");
+        span.listed.store(false, Ordering::SeqCst);
+        // The caller looks for free objects by relaxed loads; the fence is what puts them into the
+        // order of rule 2.
+        fence(Ordering::SeqCst);
+        Some(number)
     }
 
     /// Takes the spans of `class` of which no object is in use off its list, except one, and passes
     /// each to `returned`: it is the caller's, and of no class.
     pub(super) fn return_unused(self, class: usize, mut returned: impl FnMut(u32)) {
-        let spans = &self.classes[class];
         let mut kept = false;
         let mut next = self.pop_all(class);
         while next != 0 {
             let number = next;
             let span = self.span(number);
+            debug_assert_eq!(span.usage(), Use::Class(class), "rule 4");
             // Relaxed: `pop_all` has acquired what was pushed.
             next = span.next.load(Ordering::Relaxed);
-            if span.usage() != Use::Class(class) {
-                span.listed.store(false, Ordering::SeqCst);
-                self.list(number);
-            } else if span.is_unused(ALL[class])
-                && core::mem::replace(&mut kept, true)
-                && span.take_all(ALL[class])
-            {
+            let unused = span.is_unused(ALL[class]);
+            if unused && core::mem::replace(&mut kept, true) && span.take_all(ALL[class]) {
                 span.set_usage(Use::None);
                 span.listed.store(false, Ordering::SeqCst);
-                spans.spans.fetch_sub(1, Ordering::Relaxed);
+                self.classes[class].spans.fetch_sub(1, Ordering::Relaxed);
                 returned(number);
             } else {
                 self.push(class, number);

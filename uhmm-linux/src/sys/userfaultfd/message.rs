@@ -35,7 +35,7 @@ pub(crate) enum Message {
     ///
     /// The descriptor is the child's: faults in the child are read from it, here in the parent,
     /// and [`Userfaultfd::copy`] on it fills the child's memory from the parent's. MOVE on it is
-    /// refused (EINVAL). If it is closed, missing pages of the child read as zeroes.
+    /// refused (`EINVAL`). If it is closed, missing pages of the child read as zeroes.
     #[doc(alias = "UFFD_EVENT_FORK")]
     Fork(Userfaultfd),
     /// mremap(2) has moved `from` to `to`, registration included. The length is that of the old

@@ -109,7 +109,7 @@ impl Puppets {
         }
         let (stream, _) = self.listener.accept().map_err(|error| lost(space, error))?;
         let mut wire = Wire::new(stream);
-        let hello = wire.patience(PATIENCE).and_then(|()| wire.heard_hello());
+        let hello = wire.patience(PATIENCE * 2).and_then(|()| wire.heard_hello());
         let (name, pid) = hello.map_err(|error| lost(space, error))?;
         if name != space {
             return broken(format!("{name} came where {space} was to"));

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
 
 use uhmm::operations::{
     Advice, Answer, DeviceName, Executor, FileName, Injection, Memory, Obstacle, Operation,
@@ -121,7 +122,8 @@ impl Puppet {
         trap::install();
         let before = holdings();
         let injector = Injector::new();
-        let options = Options::new().injector(injector.clone());
+        // A page that cannot come home at once is refused at once, as in the simulation.
+        let options = Options::new().injector(injector.clone()).patience(Duration::ZERO);
         let process = Process::attach(options).unwrap_or_else(|error| panic!("{space}: {error}"));
         let gpu = |&(name, pages): &(DeviceName, u64)| {
             let gpu = match scene.devices {
@@ -384,6 +386,8 @@ impl Puppet {
                 return broken(format!("{used} pages of {} are used, and nobody lives", gpu.name));
             }
         }
+        // Memory of the process's own lasts as long as its device.
+        self.gpus.clear();
         let mut difference = String::new();
         let nothing_left = eventually(|| {
             difference = holdings().difference(&self.before);
@@ -684,7 +688,8 @@ fn trapped(trap: Trap, word: Word) -> Obstacle {
         (Trap::Unmapped, None) => Refusal::Hole,
         (Trap::Denied, Some(_)) => Refusal::Denied,
         (Trap::NoPage, Some((_, line))) if line.inode != 0 => Refusal::EndOfFile,
-        (Trap::Poisoned, Some((_, line))) if line.inode == 0 => Refusal::CopyFailed,
+        (Trap::NoPage, Some((_, line))) if line.inode == 0 => Refusal::OutOfMemory,
+        (Trap::Hardware, Some(_)) => Refusal::CopyFailed,
         (trap, mapped) => {
             return Obstacle::Broken(format!("an access to {word} got {trap} at {mapped:?}"));
         }
