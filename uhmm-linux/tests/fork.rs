@@ -443,8 +443,7 @@ fn a_parent_can_detach_while_a_child_lives() {
             });
             memory.scatter();
             memory.check(1);
-            let Scattered { process, gpu, host, mapping, .. } = memory;
-            drop((gpu, host));
+            let (process, mapping) = memory.into_process();
             drop(process);
             // Nothing is left that anybody would have to be told.
             mapping.fill(|index| index);

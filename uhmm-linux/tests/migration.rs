@@ -941,3 +941,63 @@ fn nobody_can_store_to_what_may_only_be_read() {
         });
     });
 }
+
+/// What a mapping shows right after it was replaced or discarded is nothing of what was there before,
+/// although pages leave and come all the time; and what was stored since is there.
+#[test]
+fn what_was_there_before_never_comes_back() {
+    const PAGES: u64 = 16;
+    const ROUNDS: std::ops::Range<u64> = 400..40_000;
+    const ENOUGH: u64 = 2000;
+    OwnProcess::new().deadline(Duration::from_secs(120)).run(|| {
+        let process = attach();
+        let (ours, gpu) = (host(&process, 256), Gpu::new(256));
+        let mapping = Mapping::anonymous(PAGES);
+        let over = AtomicBool::new(false);
+        let range = mapping.range();
+        std::thread::scope(|scope| {
+            for memory in [&ours, &gpu.pagemap] {
+                let (process, over) = (&process, &over);
+                scope.spawn(move || {
+                    // Relaxed: when it ends is of no importance.
+                    while !over.load(Ordering::Relaxed) {
+                        process.migrate(range, memory).run();
+                    }
+                });
+            }
+            let spare = place(PAGES);
+            let left = || {
+                let statistics = [&ours, &gpu.pagemap].map(|memory| memory.statistics());
+                statistics.iter().map(|statistics| statistics.in_by_request).sum::<u64>()
+            };
+            for round in 0..ROUNDS.end {
+                if round >= ROUNDS.start && left() >= ENOUGH {
+                    break;
+                }
+                mapping.fill(|index| 1 + round * PAGES + index);
+                match round % 4 {
+                    0 => advise(range, libc::MADV_DONTNEED).expect("it is mapped"),
+                    1 => map(range, Backing::Anonymous, RW).expect("it can be mapped"),
+                    2 => {
+                        unmap(range);
+                        map(range, Backing::Anonymous, RW).expect("it can be mapped");
+                    }
+                    _ => {
+                        map(spare, Backing::Anonymous, RW).expect("it can be mapped");
+                        remap(spare, range.first()).expect("it can move");
+                    }
+                }
+                for index in 0..PAGES {
+                    assert_eq!(mapping.peek(index), 0, "page {index} in round {round}");
+                }
+                mapping.fill(|index| 7 + round * PAGES + index);
+                for index in 0..PAGES {
+                    assert_eq!(mapping.peek(index), 7 + round * PAGES + index, "in round {round}");
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        let moved = ours.statistics().in_by_request + gpu.pagemap.statistics().in_by_request;
+        assert!(moved >= ENOUGH, "{moved} pages left: there was something to see");
+    });
+}

@@ -84,8 +84,13 @@ impl Verdict {
     fn of_stay(reason: StayReason) -> Verdict {
         match reason {
             StayReason::Hole => Verdict::Fatal(FaultReason::Address),
-            StayReason::Denied => Verdict::Fatal(FaultReason::Permission),
-            StayReason::FileBacked | StayReason::Shared => Verdict::Fatal(FaultReason::Type),
+            StayReason::Denied | StayReason::ReadOnly => Verdict::Fatal(FaultReason::Permission),
+            StayReason::FileBacked
+            | StayReason::Shared
+            | StayReason::Locked
+            | StayReason::Reserved
+            | StayReason::Handled
+            | StayReason::Unsupported => Verdict::Fatal(FaultReason::Type),
             StayReason::OutOfDeviceMemory | StayReason::OutOfSystemMemory => {
                 Verdict::Fatal(FaultReason::OutOfMemory)
             }

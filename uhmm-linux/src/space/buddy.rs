@@ -4,8 +4,6 @@
 //! huge page, in the address space. A block may be given back in other pieces than it was given
 //! out in: what is free is all that is remembered.
 
-use std::collections::BTreeSet;
-
 use uhmm::{Order, Page, PageRange};
 
 /// The free blocks of one region.
@@ -13,9 +11,70 @@ pub(super) struct Buddy {
     range: PageRange,
     /// The first page, from the start of the region, that was never given out.
     fresh: u64,
-    /// The free blocks below that, by order, as offsets from the start of the region.
-    free: [BTreeSet<u64>; Buddy::ORDERS],
+    /// The free blocks below that, by order, as their numbers among the blocks of that order.
+    free: [Numbers; Buddy::ORDERS],
     used: u64,
+}
+
+/// A set of numbers from 0 on, of which the smallest is found quickly.
+#[derive(Default)]
+struct Numbers {
+    /// A bit for each number; then a bit for each word of the level before that has one set.
+    levels: [Vec<u64>; Numbers::LEVELS],
+}
+
+impl Numbers {
+    /// So many that the last is short: that of 2^26 numbers, the pages of 256 GiB, has 256 words.
+    const LEVELS: usize = 3;
+
+    fn first(&self) -> Option<u64> {
+        let top = self.levels[Numbers::LEVELS - 1].iter().position(|&word| word != 0)?;
+        let number = self
+            .levels
+            .iter()
+            .rev()
+            .fold(top, |number, level| 64 * number + level[number].trailing_zeros() as usize);
+        Some(number as u64)
+    }
+
+    /// Adds a number, and tells whether it is new.
+    fn insert(&mut self, number: u64) -> bool {
+        let mut number = number as usize;
+        for (depth, level) in self.levels.iter_mut().enumerate() {
+            let (index, bit) = (number / 64, 1 << (number % 64));
+            if level.len() <= index {
+                level.resize(index + 1, 0);
+            }
+            let before = level[index];
+            level[index] |= bit;
+            if depth == 0 && before & bit != 0 {
+                return false;
+            }
+            if before != 0 {
+                break;
+            }
+            number = index;
+        }
+        true
+    }
+
+    /// Takes a number out, and tells whether it was there.
+    fn remove(&mut self, number: u64) -> bool {
+        let mut number = number as usize;
+        for (depth, level) in self.levels.iter_mut().enumerate() {
+            let (index, bit) = (number / 64, 1 << (number % 64));
+            let Some(word) = level.get_mut(index) else { return false };
+            if depth == 0 && *word & bit == 0 {
+                return false;
+            }
+            *word &= !bit;
+            if *word != 0 {
+                break;
+            }
+            number = index;
+        }
+        true
+    }
 }
 
 impl Buddy {
@@ -39,17 +98,21 @@ impl Buddy {
         if wanted >= Buddy::ORDERS {
             return None;
         }
-        let found = (wanted..Buddy::ORDERS).find(|&order| !self.free[order].is_empty());
-        let (mut have, at) = match found {
-            Some(have) => (have, self.free[have].pop_first()?),
+        let free = |have: usize| Some((have, self.free[have].first()?));
+        let (mut have, mut number) = match (wanted..Buddy::ORDERS).find_map(free) {
+            Some((have, number)) => {
+                self.free[have].remove(number);
+                (have, number)
+            }
             None => (Buddy::ORDERS - 1, self.take_fresh()?),
         };
         while have > wanted {
             have -= 1;
-            self.free[have].insert(at + (1 << have));
+            number *= 2;
+            self.free[have].insert(number + 1);
         }
         self.used += order.pages();
-        self.range.first().checked_add(at)
+        self.range.first().checked_add(number << wanted)
     }
 
     fn take_fresh(&mut self) -> Option<u64> {
@@ -57,20 +120,20 @@ impl Buddy {
         let end = at + Order::HUGE.pages();
         (end <= self.range.pages()).then(|| {
             self.fresh = end;
-            at
+            at >> Order::HUGE.get()
         })
     }
 
     /// Gives a block back.
     pub(super) fn free(&mut self, first: Page, order: Order) {
-        let mut at = first.number() - self.range.first().number();
         let mut order = usize::from(order.get());
+        let mut number = (first.number() - self.range.first().number()) >> order;
         self.used -= 1 << order;
-        while order + 1 < Buddy::ORDERS && self.free[order].remove(&(at ^ (1 << order))) {
-            at &= !(1 << order);
+        while order + 1 < Buddy::ORDERS && self.free[order].remove(number ^ 1) {
+            number /= 2;
             order += 1;
         }
-        let new = self.free[order].insert(at);
+        let new = self.free[order].insert(number);
         debug_assert!(new, "a block is given back once");
     }
 }

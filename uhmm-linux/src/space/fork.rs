@@ -34,7 +34,7 @@ use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use mmu_notifier::{Owner, thread_number};
+use mmu_notifier::{EventKind, Owner, thread_number};
 use rangemap::RangeMap;
 use rustix::io::Errno;
 use uhmm::{FaultError, Order, Page, PageRange};
@@ -42,9 +42,9 @@ use uhmm::{FaultError, Order, Page, PageRange};
 use super::serve::AbortOnPanic;
 use super::state::{Place, State, is_in_limbo, numbers, range_of};
 use super::{Space, count, fatal, lock};
+use crate::sys::allocator;
 use crate::sys::fork::{self, Wiped};
 use crate::sys::sentinel::Sentinel;
-use crate::sys::thread;
 use crate::sys::userfaultfd::Userfaultfd;
 
 /// How long a fork waits for pages that somebody has in transit.
@@ -88,11 +88,42 @@ impl Space {
             state.forking += 1;
             state.pages_out()
         };
-        if out == 0 {
-            return;
+        if out > 0 {
+            count(&self.counters.fork_overrun, out);
+            tracing::info!(target: "uhmm", pages = out, "come home for a fork");
+            self.bring_home_for_fork();
         }
-        count(&self.counters.fork_overrun, out);
-        tracing::info!(target: "uhmm", pages = out, "come home for a fork");
+        self.be_silent();
+    }
+
+    /// Gives up what is registered, so that the kernel tells nobody of the fork, and nobody has to
+    /// read that.
+    ///
+    /// The C library holds the locks of `malloc` while it forks. If the fork waits for a server, and
+    /// the server for memory, neither goes on. So this is not done for speed alone. What a device has
+    /// mapped stays registered where servers have an allocator of their own; where they do not, the
+    /// device has to fault it in again.
+    fn be_silent(&self) {
+        let mut state = self.lock();
+        let state = &mut *state;
+        self.sweep(state);
+        if !allocator::is_installed() && !state.is_anything_out() {
+            let pieces: Vec<_> = state.registered.iter().map(|(piece, _)| piece.clone()).collect();
+            for piece in pieces {
+                if self.kernel.unregister(range_of(piece.clone())).is_ok() {
+                    state.registered.remove(piece.clone());
+                    state.watched.remove(piece.clone());
+                    self.note_released(state, piece.clone());
+                    state.aftermath.changed.push((EventKind::Clear, range_of(piece)));
+                }
+            }
+        }
+        self.disarm(state);
+        self.drain(state);
+    }
+
+    /// Brings everything home, as far as it can be had.
+    fn bring_home_for_fork(&self) {
         let began = Instant::now();
         while !self.bring_everything_home() && began.elapsed() < PATIENCE && !self.is_in_own_way() {
             std::thread::yield_now();
@@ -115,6 +146,8 @@ impl Space {
         let mut state = self.lock();
         state.forking = state.forking.saturating_sub(1);
         self.announce_arrivals();
+        drop(state);
+        self.settle();
     }
 
     /// Starts the thread that lets forks go.
@@ -122,20 +155,10 @@ impl Space {
         if self.sentinel.is_none() {
             return Ok(());
         }
-        let space = self.this();
-        let started = thread::spawn("uhmm-forks", move || space.hold_forks());
-        match started {
-            Ok(thread) => lock(&self.servers.threads).push(thread),
-            Err(error) => {
-                self.stop_servers();
-                return Err(error);
-            }
-        }
-        Ok(())
+        self.start_server("uhmm-forks", Space::hold_forks)
     }
 
     fn hold_forks(&self) {
-        self.reserve_this_thread();
         let abort = AbortOnPanic;
         let sentinel = self.sentinel.as_ref().expect("this thread is its");
         loop {

@@ -144,13 +144,11 @@ impl Space {
 
     /// Fills as many holes as one call to the kernel fills.
     fn fill_some(&self, pool: &Pool, from: PageRange, to: PageRange, poisoned: bool) -> Step {
-        let occupied = pool.is_occupied(from.first().into());
-        let run = from.iter().take_while(|&page| pool.is_occupied(page.into()) == occupied).count();
+        let (occupied, run) = pool.occupied_run(from);
         let fill = |pages: u64| {
             let [from, to] = [from, to].map(|range| prefix(range, pages));
             self.fill_run(pool, from, to, occupied, poisoned)
         };
-        let run = run as u64;
         let step = fill(run);
         if !matches!(step, Step::Gone) {
             return step;

@@ -98,12 +98,6 @@ impl Kernel {
         self.progress("move", Errno::NOMEM, || self.uffd.move_pages(from, to, options))
     }
 
-    /// Moves what there is, for it to be dropped.
-    pub(super) fn move_away(&self, from: PageRange, to: Page) -> Progress {
-        let options = MoveOptions { wake: false, allow_holes: true };
-        self.progress("move", Errno::NOMEM, || self.uffd.move_pages(from, to, options))
-    }
-
     pub(super) fn copy_home(&self, from: Page, to: PageRange) -> Progress {
         self.progress("copy", Errno::NOMEM, || self.uffd.copy(from, to, true))
     }
@@ -138,6 +132,11 @@ impl Kernel {
     pub(super) fn entries(&self, range: PageRange, out: &mut [u64]) -> Result<(), Errno> {
         self.step("scan", Errno::NOMEM)?;
         self.pagemap.entries(range, out)
+    }
+
+    /// Tells whether a page is locked in memory.
+    pub(super) fn is_locked(&self, page: Page) -> bool {
+        advise::is_locked(page.into())
     }
 
     pub(super) fn vma(&self, page: Page) -> Result<Option<Vma>, Errno> {

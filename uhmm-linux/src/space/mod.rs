@@ -27,10 +27,12 @@
 //! speaks of. It comes back by `UFFDIO_MOVE` or `UFFDIO_COPY`, which fill holes and never
 //! overwrite. A page that cannot be put back for want of memory is parked in ours.
 
+mod bits;
 mod buddy;
 mod exclusive;
 mod fault;
 mod fork;
+mod hash;
 mod home;
 mod host;
 mod isolation;
@@ -241,18 +243,15 @@ impl Space {
     fn drain(&self, state: &mut State) {
         loop {
             self.read_messages(state);
-            if self.kernel.uffd().changing() {
-                std::thread::yield_now();
-            } else if state.zaps.is_empty() {
-                // Whatever forked is known by now.
-                state.released.clear();
-                if !state.faults.is_empty() || self.leaves_aftermath(state) {
-                    self.call_leader();
-                }
-                return;
-            } else {
-                self.zap(state);
+            if !self.kernel.uffd().changing() {
+                break;
             }
+            std::thread::yield_now();
+        }
+        // Whatever forked is known by now.
+        state.released.clear();
+        if !state.faults.is_empty() || self.leaves_aftermath(state) {
+            self.call_leader();
         }
     }
 
@@ -267,10 +266,19 @@ impl Space {
                 if let Message::Fork(child) = message {
                     count(&self.counters.events, 1);
                     self.adopt_child(state, child);
-                } else if let Some(range) = state.apply(message) {
+                    continue;
+                }
+                let discarded = match message {
+                    Message::Remove(range) => Some(range),
+                    _ => None,
+                };
+                if let Some(range) = state.apply(message) {
                     count(&self.counters.events, 1);
                     // Whoever slept for a page of it finds out what became of the mapping.
                     self.wake(range);
+                }
+                if let Some(range) = discarded {
+                    self.doubt(state, range);
                 }
             }
             match read {

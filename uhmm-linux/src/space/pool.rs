@@ -19,7 +19,6 @@
 //!
 //! One lock for each buddy, held for a few set operations and never across a call to the kernel.
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -27,9 +26,11 @@ use std::sync::{Arc, Mutex};
 use rustix::io::Errno;
 use uhmm::{Frame, Order, PAGE_SIZE, Page, PageRange};
 
+use super::bits::PageBits;
 use super::buddy::Buddy;
 use super::kernel::Kernel;
 use super::{fatal, lock};
+use crate::sys::advise;
 use crate::sys::region::{Region, RegionOptions};
 use crate::sys::userfaultfd::Modes;
 
@@ -45,10 +46,10 @@ pub(super) struct Pool {
 enum Kind {
     Staging {
         kernel: Arc<Kernel>,
-        /// A bit for each page: whether it may hold something.
-        occupied: Box<[AtomicU64]>,
-        /// Blocks that a device has adopted while an isolation still holds them.
-        adopting: Mutex<BTreeSet<Page>>,
+        /// Which pages may hold something.
+        occupied: PageBits,
+        /// The first pages of blocks that a device has adopted while an isolation still holds them.
+        adopting: PageBits,
     },
     Buffers,
 }
@@ -68,18 +69,17 @@ impl Pool {
         at_least: usize,
         kernel: &Arc<Kernel>,
     ) -> Result<Arc<Pool>, Errno> {
-        let options = RegionOptions { dont_fork: true, huge: Some(false), wipe_on_fork: false };
+        let options = RegionOptions { dont_fork: true, huge: Some(false), grows: true, ..Default::default() };
         let region = Region::reserve_at_most(bytes, at_least, options)?;
         kernel.register(region.range(), Modes::MISSING)?;
-        let words = region.range().len().div_ceil(64);
-        let occupied = (0..words).map(|_| AtomicU64::new(0)).collect();
-        let (kernel, adopting) = (Arc::clone(kernel), Mutex::default());
+        let [occupied, adopting] = [(); 2].map(|()| PageBits::new(region.range()));
+        let kernel = Arc::clone(kernel);
         Ok(Pool::new(region, Kind::Staging { kernel, occupied, adopting }))
     }
 
     /// Reserves buffers of at most `bytes`.
     pub(super) fn buffers(bytes: usize, at_least: usize) -> Result<Arc<Pool>, Errno> {
-        let options = RegionOptions { dont_fork: true, huge: Some(true), wipe_on_fork: false };
+        let options = RegionOptions { dont_fork: true, huge: Some(true), grows: true, ..Default::default() };
         let region = Region::reserve_at_most(bytes, at_least, options)?;
         Ok(Pool::new(region, Kind::Buffers))
     }
@@ -110,7 +110,31 @@ impl Pool {
     /// Takes a block.
     pub(super) fn allocate(self: &Arc<Self>, order: Order) -> Option<PoolBlock> {
         let first = lock(&self.buddy).allocate(order)?;
-        Some(self.own(first, order))
+        match self.prepare(first.block(order)) {
+            Ok(()) => Some(self.own(first, order)),
+            Err(error) => {
+                tracing::warn!(target: "uhmm", %error, "no block of memory of our own");
+                lock(&self.buddy).free(first, order);
+                None
+            }
+        }
+    }
+
+    /// Makes a block that is to be given out one that can be accessed, and that holds nothing.
+    fn prepare(&self, range: PageRange) -> Result<(), Errno> {
+        self.region.reach(range)?;
+        // `mlockall(MCL_CURRENT)` of the program has filled ours with zeroes.
+        match self.is_staging() {
+            true => self.drop_contents(range),
+            false => Ok(()),
+        }
+    }
+
+    /// Makes it memory that is not locked, if the program has locked all that it had. Tells whether
+    /// it was.
+    pub(super) fn unlock(&self) -> bool {
+        let locked = advise::is_locked(self.range().first().into());
+        locked && self.region.unlock().is_ok()
     }
 
     /// Becomes the owner of a block that was [leaked](PoolBlock::leak).
@@ -120,42 +144,33 @@ impl Pool {
 
     /// Notes that pages may hold something from now on.
     pub(super) fn fill(&self, range: PageRange) {
-        self.change_bits(range, true);
+        if let Kind::Staging { occupied, .. } = &self.kind {
+            occupied.set(range);
+        }
     }
 
     /// Notes that pages hold nothing any more.
     pub(super) fn empty(&self, range: PageRange) {
-        self.change_bits(range, false);
+        if let Kind::Staging { occupied, .. } = &self.kind {
+            occupied.clear(range);
+        }
     }
 
     /// Tells whether any of the pages may hold something.
     pub(super) fn is_occupied(&self, range: PageRange) -> bool {
-        let Kind::Staging { occupied, .. } = &self.kind else { return true };
-        // Relaxed: who asks about a page owns it, or holds the lock under which it changed hands.
-        self.words(range).any(|(word, mask)| occupied[word].load(Ordering::Relaxed) & mask != 0)
-    }
-
-    fn change_bits(&self, range: PageRange, to: bool) {
-        let Kind::Staging { occupied, .. } = &self.kind else { return };
-        for (word, mask) in self.words(range) {
-            // Relaxed: as in `is_occupied`. A word is shared with blocks of other owners, so it is
-            // changed in one step.
-            match to {
-                true => occupied[word].fetch_or(mask, Ordering::Relaxed),
-                false => occupied[word].fetch_and(!mask, Ordering::Relaxed),
-            };
+        match &self.kind {
+            Kind::Staging { occupied, .. } => occupied.any(range),
+            Kind::Buffers => true,
         }
     }
 
-    /// Returns the words of the bit map that `range` touches, each with the bits that are its.
-    fn words(&self, range: PageRange) -> impl Iterator<Item = (usize, u64)> + use<> {
-        let first = range.first().number() - self.range().first().number();
-        let end = first + range.pages();
-        (first / 64..end.div_ceil(64)).map(move |word| {
-            let from = first.max(word * 64) - word * 64;
-            let to = end.min(word * 64 + 64) - word * 64;
-            (word as usize, (u64::MAX >> (64 - (to - from))) << from)
-        })
+    /// Tells whether the first page may hold something, and of how many pages from there on that is
+    /// as true.
+    pub(super) fn occupied_run(&self, range: PageRange) -> (bool, u64) {
+        match &self.kind {
+            Kind::Staging { occupied, .. } => occupied.run(range),
+            Kind::Buffers => (true, range.pages()),
+        }
     }
 
     /// Copies out of the block that begins at `frame`. A page that holds nothing is zeroes, and is
@@ -193,14 +208,14 @@ impl Pool {
     /// Says that a device takes a block over that an isolation still holds.
     pub(super) fn begin_adoption(&self, first: Page) {
         if let Kind::Staging { adopting, .. } = &self.kind {
-            lock(adopting).insert(first);
+            adopting.set(first.into());
         }
     }
 
     /// Ends what [`begin_adoption`](Pool::begin_adoption) began, and tells whether it was under way.
     pub(super) fn end_adoption(&self, first: Page) -> bool {
         match &self.kind {
-            Kind::Staging { adopting, .. } => lock(adopting).remove(&first),
+            Kind::Staging { adopting, .. } => adopting.clear(first.into()),
             Kind::Buffers => false,
         }
     }

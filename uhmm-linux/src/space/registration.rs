@@ -11,12 +11,12 @@
 
 use rustix::io::Errno;
 use uhmm::backend::OutOfSystemMemory;
-use uhmm::{Order, Page, PageRange, StayReason};
+use uhmm::{Order, PageRange, StayReason};
 
 use super::Space;
 use super::pool::PoolBlock;
 use super::state::{Registered, State, chunk_of, chunk_range, numbers, range_of};
-use crate::sys::pagemap::Categories;
+use crate::sys::allocator;
 use crate::sys::userfaultfd::Modes;
 
 impl Registered {
@@ -39,10 +39,16 @@ impl Space {
         let first = chunk_range(chunk_of(piece.first())).first().max(mapping.first());
         let last = chunk_range(chunk_of(piece.last())).last().min(mapping.last());
         let range = PageRange::from_bounds(first, last).ok_or(StayReason::Changed)?;
+        let same = || {
+            let vma = self.kernel.vma(range.first());
+            matches!(vma, Ok(Some(vma)) if vma.range.covers(range) && vma.is_anonymous())
+        };
         self.register(state, range, Registered::Missing).map_err(|error| match error {
             Errno::BUSY => StayReason::Handled,
             Errno::NOMEM => StayReason::Busy,
             Errno::PERM => StayReason::Unsupported,
+            // Memory of a kind that cannot be registered, such as what the kernel may drop.
+            Errno::INVAL if same() => StayReason::Unsupported,
             _ => StayReason::Changed,
         })
     }
@@ -56,6 +62,10 @@ impl Space {
 
     /// Registers what of `range` is not yet registered in a way that covers `how`.
     fn register(&self, state: &mut State, range: PageRange, how: Registered) -> Result<(), Errno> {
+        // While somebody forks the kernel is to have nobody to tell.
+        if state.forking > 0 && !allocator::is_installed() {
+            return Err(Errno::NOMEM);
+        }
         let wanted = numbers(range);
         let covers = |is: Registered| is == how || is == Registered::Missing;
         let mut gaps = Vec::new();
@@ -156,10 +166,15 @@ impl Space {
 
     /// Gives up the registration of a chunk if it has nothing out, and says whether it did.
     pub(super) fn release_chunk(&self, state: &mut State, chunk: u64) -> bool {
+        let range = chunk_range(chunk);
         if !state.is_chunk_empty(chunk) {
             return false;
         }
-        let range = chunk_range(chunk);
+        self.clear_doubts(state, range);
+        if state.doubtful.overlaps(&numbers(range)) {
+            // The next fault there tries again.
+            return false;
+        }
         let registered = state.registered.overlapping(numbers(range));
         let any = registered.into_iter().any(|(_, &how)| how == Registered::Missing);
         let released = self.release_range(state, range).is_ok();
@@ -169,67 +184,39 @@ impl Space {
         any && released
     }
 
-    /// Drops what is present of the ranges that the program is discarding.
+    /// Takes note that the program is discarding `range`.
     ///
-    /// The kernel tells of `madvise(MADV_DONTNEED)` before it drops the pages, and never when it
-    /// has. A page that moved out in between would come home with what had been discarded. So what
-    /// is there is dropped here and now: what appears later is later than the call, and may stay.
-    /// What cannot be dropped must not move before it is gone.
-    pub(super) fn zap(&self, state: &mut State) {
-        while let Some(range) = state.zaps.pop() {
-            let pieces: Vec<_> = {
-                let whole = numbers(range);
-                let cut = |(piece, _): (&std::ops::Range<u64>, &Registered)| {
-                    piece.start.max(whole.start)..piece.end.min(whole.end)
-                };
-                state.registered.overlapping(whole.clone()).map(cut).collect()
-            };
-            for piece in pieces {
-                if !self.zap_piece(state, range_of(piece)) {
-                    // An event has come between. Whatever it says is true by now.
-                    state.zaps.push(range);
-                    return;
-                }
-            }
-        }
-    }
-
-    fn zap_piece(&self, state: &mut State, piece: PageRange) -> bool {
-        let mut present = Vec::new();
-        let there = Categories::PRESENT | Categories::SWAPPED;
-        if self.kernel.scan(piece, there, &mut present).is_err() {
-            state.doubtful.insert(numbers(piece));
-            return true;
-        }
-        for (run, _) in present {
-            for part in run.blocks(super::state::CHUNK) {
-                let mut next = Some(part.first());
-                while let Some(rest) =
-                    next.and_then(|page| PageRange::from_bounds(page, part.last()))
-                {
-                    let Some(block) = self.staging.allocate(super::state::CHUNK) else {
-                        state.doubtful.insert(numbers(rest));
-                        break;
-                    };
-                    let target = block.range();
-                    self.staging.fill(target);
-                    let progress = self.kernel.move_away(rest, target.first());
-                    next = rest.first().checked_add(progress.pages);
-                    match progress.result {
-                        Ok(()) => break,
-                        Err(Errno::AGAIN) if progress.pages == 0 => return false,
-                        Err(Errno::AGAIN) => {}
-                        Err(_) => {
-                            // Shared, pinned or locked, so it cannot move now; and it must not later.
-                            let page = next.unwrap_or(Page::MAX);
-                            state.doubtful.insert(numbers(page.into()));
-                            next = page.checked_add(1);
-                        }
+    /// The kernel tells of `madvise(MADV_DONTNEED)` before it drops the pages, and never when it has.
+    /// A page that left in between would come home with what had been discarded. To drop it here
+    /// would be no better: by the time that we could, the caller may have gone on and stored to it
+    /// anew. So what may be there still is *doubtful*, and does not leave, until it has been seen to
+    /// be gone; or until it is filled again, which is a fault of ours where missing pages are
+    /// registered, as they are from now on. What is filled again before that stays in doubt: that
+    /// costs a move and no contents.
+    pub(super) fn doubt(&self, state: &mut State, range: PageRange) {
+        let whole = numbers(range);
+        let pieces: Vec<_> = state
+            .registered
+            .overlapping(whole.clone())
+            .map(|(piece, &how)| (piece.start.max(whole.start)..piece.end.min(whole.end), how))
+            .collect();
+        for (piece, how) in pieces {
+            // What is reserved never leaves anyway.
+            let parts: Vec<_> = state.reserved.gaps(&piece).collect();
+            for part in parts {
+                let pages = range_of(part.clone());
+                if how == Registered::Watched {
+                    if self.kernel.register(pages, Modes::MISSING).is_err() {
+                        // Memory of a kind that does not leave.
+                        continue;
                     }
+                    state.registered.insert(part.clone(), Registered::Missing);
                 }
+                state.doubtful.insert(part);
+                let chunks = chunk_of(pages.first())..=chunk_of(pages.last());
+                state.emptied.extend(chunks);
             }
         }
-        true
     }
 }
 

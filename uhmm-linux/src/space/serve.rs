@@ -144,16 +144,38 @@ impl Servers {
 impl Space {
     pub(super) fn start_servers(&self, servers: usize) -> Result<(), Errno> {
         for _ in 0..servers.max(2) {
-            let space = self.this();
-            let started = thread::spawn("uhmm-server", move || space.serve());
-            match started {
-                Ok(thread) => lock(&self.servers.threads).push(thread),
-                Err(error) => {
-                    self.stop_servers();
-                    return Err(error);
-                }
+            self.start_server("uhmm-server", Space::serve)?;
+        }
+        Ok(())
+    }
+
+    /// Starts a thread, and waits until it is ready to work.
+    ///
+    /// What it does before may call the C library's `malloc`, whose locks a thread holds that forks;
+    /// and such a thread waits for the servers.
+    pub(super) fn start_server(
+        &self,
+        name: &str,
+        work: impl FnOnce(&Space) + Send + 'static,
+    ) -> Result<(), Errno> {
+        let (ready, is_ready) = std::sync::mpsc::channel();
+        let space = self.this();
+        let started = thread::spawn(name, move || {
+            space.reserve_this_thread();
+            // Whoever started it waits for this, or has ended.
+            let _ = ready.send(());
+            drop(ready);
+            work(&space);
+        });
+        match started {
+            Ok(thread) => lock(&self.servers.threads).push(thread),
+            Err(error) => {
+                self.stop_servers();
+                return Err(error);
             }
         }
+        // It ends without a word only by a panic, of which it tells itself.
+        let _ = is_ready.recv();
         Ok(())
     }
 
@@ -174,7 +196,6 @@ impl Space {
     }
 
     fn serve(&self) {
-        self.reserve_this_thread();
         // Whoever sleeps for a page that a server was about to bring would sleep for ever.
         let abort = AbortOnPanic;
         loop {
@@ -206,9 +227,6 @@ impl Space {
                 let mut state = self.lock();
                 let state = &mut *state;
                 let found = self.read_messages(state);
-                if !state.zaps.is_empty() {
-                    self.drain(state);
-                }
                 self.serve_quickly(state, &mut tasks);
                 if due.take_if(|due| *due <= Instant::now()).is_some() {
                     self.sweep(state);
@@ -305,7 +323,11 @@ impl Space {
             return;
         }
         match self.kernel.zeropage(range).result {
-            Ok(()) => count(&self.counters.zero_fills, 1),
+            Ok(()) => {
+                count(&self.counters.zero_fills, 1);
+                // It was gone, if it had been there: what comes now is later.
+                state.doubtful.remove(super::state::numbers(range));
+            }
             Err(Errno::AGAIN) => {
                 self.drain(state);
                 state.faults.push_back(fault);

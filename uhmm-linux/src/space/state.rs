@@ -14,7 +14,7 @@
 //! tell devices and to free what they may still use, is done later, without the lock
 //! ([`Aftermath`]): changes are *observed* here, not announced.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
@@ -23,6 +23,7 @@ use rangemap::{RangeMap, RangeSet};
 use uhmm::{DeviceBlock, DeviceLocation, Order, Page, PageRange};
 
 use super::fork::Child;
+use super::hash::NumberMap;
 use super::pool::PoolBlock;
 use crate::sys::fork::Wiped;
 use crate::sys::userfaultfd::{Message, Messages};
@@ -132,9 +133,9 @@ impl Met {
 pub(super) struct State {
     out: BTreeMap<Page, Extent>,
     /// Where the blocks of devices are mapped.
-    located: HashMap<DeviceLocation, Page>,
+    located: NumberMap<DeviceLocation, Page>,
     /// How many pages are out in each chunk that has any.
-    counts: HashMap<u64, u64>,
+    counts: NumberMap<u64, u64>,
     /// Chunks that had pages out and have none any more, and may still be registered.
     pub(super) emptied: BTreeSet<u64>,
     pub(super) registered: RangeMap<u64, Registered>,
@@ -176,8 +177,6 @@ pub(super) struct State {
     pub(super) crowded: Option<Instant>,
     /// Where the next page goes that only children still need.
     limbo: u64,
-    /// What the program is discarding and we have yet to drop.
-    pub(super) zaps: Vec<PageRange>,
     pub(super) messages: Messages,
     /// How many events have been applied.
     pub(super) epoch: u64,
@@ -206,8 +205,8 @@ impl State {
     pub(super) fn new() -> State {
         State {
             out: BTreeMap::new(),
-            located: HashMap::new(),
-            counts: HashMap::new(),
+            located: NumberMap::default(),
+            counts: NumberMap::default(),
             emptied: BTreeSet::new(),
             registered: RangeMap::new(),
             watched: RangeSet::new(),
@@ -230,7 +229,6 @@ impl State {
             wiped: None,
             crowded: None,
             limbo: LIMBO,
-            zaps: Vec::new(),
             messages: Messages::new(),
             epoch: 0,
             overtaken: Overtaken::default(),
@@ -462,7 +460,6 @@ impl State {
             }
             Message::Remove(range) => {
                 self.epoch += 1;
-                self.zaps.push(range);
                 Some(self.lose(EventKind::Clear, range))
             }
             // A second mapping of shared memory: registered, of unknown length, and with nothing out.
@@ -521,6 +518,11 @@ impl State {
         for range in watched {
             let piece = range.start.max(numbers(from).start)..range.end.min(numbers(from).end);
             self.watched.insert(moved(piece.start)..moved(piece.end));
+        }
+        let doubtful: Vec<_> = self.doubtful.overlapping(&numbers(from)).cloned().collect();
+        for range in doubtful {
+            let piece = range.start.max(numbers(from).start)..range.end.min(numbers(from).end);
+            self.doubtful.insert(moved(piece.start)..moved(piece.end));
         }
         self.children.iter_mut().for_each(|child| child.follow(&numbers(from), to));
         let taken = self.take(from);

@@ -10,7 +10,7 @@ use super::isolation::{Contents, ProcessIsolation};
 use super::pool::{PoolBlock, aligned_blocks};
 use super::state::{CHUNK, Place, State, Token, numbers, range_of};
 use super::{Space, count};
-use crate::sys::maps::Vma;
+use crate::sys::maps::{Kind, Vma};
 use crate::sys::pagemap::Categories;
 
 /// A part of a range that may be taken, with the mapping it is of.
@@ -62,7 +62,7 @@ impl Space {
         for candidate in &candidates {
             self.take_candidate(&mut isolation, *candidate, to, &mut |page| shared.push(page));
         }
-        self.take_shared(&mut isolation, &candidates, &shared, to);
+        self.take_shared(&mut isolation, &candidates, &mut shared, to);
         drop(announced);
         isolation.sort();
         self.settle_unless_leading();
@@ -183,7 +183,7 @@ impl Space {
     }
 
     /// Forgets doubts about pages that are gone by now, as the program wanted.
-    fn clear_doubts(&self, state: &mut State, pages: PageRange) {
+    pub(super) fn clear_doubts(&self, state: &mut State, pages: PageRange) {
         let whole = numbers(pages);
         if !state.doubtful.overlaps(&whole) {
             return;
@@ -363,7 +363,12 @@ impl Space {
                     let epoch = state.epoch;
                     self.drain(state);
                     undisturbed &= state.epoch == epoch || is_whole(state, token, pages);
-                    if undisturbed && tries < TRIES && self.is_registered_missing(state, rest) {
+                    let certain = !state.doubtful.overlaps(&numbers(rest));
+                    if undisturbed
+                        && certain
+                        && tries < TRIES
+                        && self.is_registered_missing(state, rest)
+                    {
                         std::thread::yield_now();
                         continue;
                     }
@@ -374,7 +379,7 @@ impl Space {
                 Err(Errno::BUSY) => (page, Fate::Shared),
                 Err(Errno::INVAL) => (rest, Fate::Stayed(self.explain_refusal(rest.first()))),
                 Err(Errno::NOMEM) => (page, Fate::Stayed(StayReason::OutOfSystemMemory)),
-                Err(_) => (page, Fate::Stayed(StayReason::Changed)),
+                Err(_) => (page, Fate::Stayed(self.explain_failure(rest.first()))),
             };
             runs.push(Run { pages: done, fate });
             next = done.last().checked_add(1);
@@ -383,12 +388,25 @@ impl Space {
     }
 
     /// Says why the kernel refuses to move a page of any kind.
+    /// Says why the kernel could not move a page that it may move.
+    fn explain_failure(&self, page: Page) -> StayReason {
+        let mut found = Vec::new();
+        match self.kernel.scan(page.into(), Categories::GUARD, &mut found) {
+            Ok(()) if !found.is_empty() => StayReason::Denied,
+            _ => StayReason::Changed,
+        }
+    }
+
     pub(super) fn explain_refusal(&self, page: Page) -> StayReason {
         match self.kernel.vma(page) {
             Ok(Some(vma)) if vma.range.contains(page) => match movable(&vma) {
                 Err(reason) => reason,
-                // Of all that the kernel refuses this way, only this is not told by the mapping.
-                Ok(()) => StayReason::Locked,
+                // Of all that the kernel refuses this way, two are not told by the mapping: the other
+                // is a protection key.
+                Ok(()) if self.kernel.is_locked(page) => StayReason::Locked,
+                // Staging was: the next time it is not any more.
+                Ok(()) if self.staging.unlock() => StayReason::Busy,
+                Ok(()) => StayReason::Unsupported,
             },
             Ok(_) => StayReason::Hole,
             Err(_) => StayReason::Busy,
@@ -411,25 +429,28 @@ impl Space {
         before.and_then(|last| PageRange::from_bounds(rest.first(), last)).unwrap_or(alone)
     }
 
-    /// Takes pages that others share, by giving the program pages of its own first.
+    /// Takes pages that others share, by giving the program pages of its own first. What is still not
+    /// the program's own then is pinned.
     fn take_shared(
         &self,
         isolation: &mut ProcessIsolation,
         candidates: &[Candidate],
-        shared: &[Page],
+        shared: &mut Vec<Page>,
         to: Owner,
     ) {
-        for &page in shared {
-            let own =
-                self.lock().at(page).is_none() && self.kernel.populate(page.into(), true).is_ok();
-            let mapping = candidates.iter().find(|candidate| candidate.pages.contains(page));
-            let mut pinned = !own;
-            if let (true, Some(&Candidate { mapping, .. })) = (own, mapping) {
-                let candidate = Candidate { pages: page.into(), mapping };
-                self.take_candidate(isolation, candidate, to, &mut |_| pinned = true);
-            }
-            if pinned {
-                isolation.stay(page.into(), StayReason::Pinned);
+        shared.sort();
+        for run in runs_of(shared) {
+            let free = self.lock().gaps(run) == [run];
+            let own = free && self.kernel.populate(run, true).is_ok();
+            let mapping = candidates.iter().find(|candidate| candidate.pages.covers(run));
+            match (own, mapping) {
+                (true, Some(&Candidate { mapping, .. })) => {
+                    let candidate = Candidate { pages: run, mapping };
+                    let mut pinned = Vec::new();
+                    self.take_candidate(isolation, candidate, to, &mut |page| pinned.push(page));
+                    pinned.iter().for_each(|&page| isolation.stay(page.into(), StayReason::Pinned));
+                }
+                _ => isolation.stay(run, StayReason::Changed),
             }
         }
     }
@@ -506,6 +527,12 @@ impl Space {
     }
 }
 
+/// Joins pages in ascending order to ranges.
+fn runs_of(pages: &[Page]) -> impl Iterator<Item = PageRange> {
+    let next_to = |a: &Page, b: &Page| a.checked_add(1) == Some(*b);
+    pages.chunk_by(next_to).filter_map(|run| PageRange::from_bounds(*run.first()?, *run.last()?))
+}
+
 fn stay_before(isolation: &mut ProcessIsolation, from: Option<Page>, to: Page) {
     let before = to.number().checked_sub(1).and_then(Page::new);
     if let (Some(from), Some(last)) = (from, before)
@@ -524,6 +551,10 @@ fn is_whole(state: &State, token: Token, pages: PageRange) -> bool {
 fn movable(vma: &Vma) -> Result<(), StayReason> {
     if vma.rights() == Access::None && !vma.writable {
         return Err(StayReason::Denied);
+    }
+    // The kernel's own pages, and pages that it has taken out of its own sight.
+    if matches!(vma.kind, Kind::Special | Kind::Secret) {
+        return Err(StayReason::Unsupported);
     }
     if !vma.is_anonymous() || vma.shared {
         return Err(StayReason::FileBacked);

@@ -103,6 +103,16 @@ pub(crate) fn wipeonfork(range: PageRange) -> Result<(), Errno> {
     advise(range, Advice::LinuxWipeOnFork)
 }
 
+/// Tells whether `range`, private anonymous memory, is locked in memory (mlock(2)).
+///
+/// Nothing says so of one mapping but the text of `/proc/self/smaps`, which walks all page tables.
+/// Locked memory is what cannot be called cold (5.4); to call other memory so makes it go first when
+/// memory is short, and does nothing else.
+#[doc(alias = "MADV_COLD")]
+pub(crate) fn is_locked(range: PageRange) -> bool {
+    advise(range, Advice::LinuxCold) == Err(Errno::INVAL)
+}
+
 #[inline]
 fn advise(range: PageRange, advice: Advice) -> Result<(), Errno> {
     let len = match len_of(range) {

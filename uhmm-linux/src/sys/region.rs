@@ -11,7 +11,8 @@
 
 use core::ffi::c_void;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
 use rustix::process::Pid;
@@ -21,18 +22,26 @@ use uhmm::{Order, PAGE_SIZE, Page, PageRange};
 /// The bytes of a word, the unit of every access.
 const WORD: usize = size_of::<u64>();
 
+/// How much more of a region that grows can be accessed at a time, at least, in bytes.
+const STEP: usize = 16 << 20;
+
 /// A private anonymous mapping that belongs to its owner alone, and that nothing is put into until
 /// it is touched. Dropping it unmaps it.
 ///
 /// # Invariants
 ///
-/// 1. `base` is aligned to 2 MiB, and the `bytes` bytes from there are mapped readable and writable
-///    while `self` lives. Nobody but `self` and the kernel accesses them by their address.
+/// 1. `base` is aligned to 2 MiB, and the `bytes` bytes from there are mapped while `self` lives,
+///    the first `accessible` of them readable and writable. Nobody but `self` and the kernel
+///    accesses them by their address.
 /// 2. Every access of the program is an atomic one of an aligned `u64`.
 #[derive(Debug)]
 pub(crate) struct Region {
     base: NonNull<u8>,
     bytes: usize,
+    /// How many bytes from the start can be accessed. Only grows.
+    accessible: AtomicUsize,
+    /// Held by who makes it grow.
+    growing: Mutex<()>,
     /// The process that has it, if its children do not.
     only: Option<Pid>,
 }
@@ -48,6 +57,9 @@ pub(crate) struct RegionOptions {
     /// (`MADV_NOHUGEPAGE`); `None` leaves it to the setting of the machine. A kernel without
     /// transparent huge pages ignores it.
     pub(crate) huge: Option<bool>,
+    /// Nothing of it can be accessed until it is [reached](Region::reach). Whoever has a large region
+    /// and uses little of it wants this: `mlockall(MCL_CURRENT)` fills all that can be accessed.
+    pub(crate) grows: bool,
 }
 
 // SAFETY: a region owns its memory and has no ties to the thread that made it (invariant 1).
@@ -72,11 +84,10 @@ impl Region {
         let mut region = Region::map(bytes)?;
         // Under MCL_FUTURE the mapping was born locked. Nothing has filled it yet, because it was
         // not accessible, and once it is unlocked nothing will.
-        // SAFETY: the mapping is ours (invariant 1), and unlocking changes no contents.
-        unsafe { rustix::mm::munlock(region.pointer(), region.bytes) }?;
-        let access = MprotectFlags::READ | MprotectFlags::WRITE;
-        // SAFETY: the mapping is ours (invariant 1), and nobody relies on it to be inaccessible.
-        unsafe { rustix::mm::mprotect(region.pointer(), region.bytes, access) }?;
+        region.unlock()?;
+        if !options.grows {
+            region.open_up_to(0, region.bytes)?;
+        }
         if options.dont_fork {
             region.advise(Advice::LinuxDontFork)?;
             region.only = Some(rustix::process::getpid());
@@ -94,6 +105,54 @@ impl Region {
             Ok(()) | Err(Errno::INVAL) => Ok(region),
             Err(error) => Err(error),
         }
+    }
+
+    /// Makes sure that `range` can be accessed, and all that is before it.
+    ///
+    /// # Errors
+    ///
+    /// What `mprotect` said: `ENOMEM` where the machine accounts for all memory strictly and has no
+    /// more, or where there would be too many mappings.
+    ///
+    /// # Panics
+    ///
+    /// If `range` is not all within the region.
+    pub(crate) fn reach(&self, range: PageRange) -> Result<(), Errno> {
+        assert!(self.range().covers(range), "{range} is not within the region {self:?}");
+        let end = (range.address() - self.range().address()) as usize + range.len() * PAGE_SIZE;
+        // Acquire: what is said to be accessible is; the partner is the release in `open_up_to`.
+        if end <= self.accessible.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.accessible.load(Ordering::Acquire);
+        if end > now {
+            let wanted = end.saturating_add(STEP.max(now / 8)).next_multiple_of(Order::HUGE.bytes());
+            self.open_up_to(now, wanted.min(self.bytes))?;
+        }
+        drop(growing);
+        Ok(())
+    }
+
+    /// Makes the bytes up to `to` accessible, of which those up to `from` are.
+    fn open_up_to(&self, from: usize, to: usize) -> Result<(), Errno> {
+        let access = MprotectFlags::READ | MprotectFlags::WRITE;
+        let start = self.base.as_ptr().wrapping_add(from).cast::<c_void>();
+        // SAFETY: the mapping is ours (invariant 1), and nobody relies on it to be inaccessible.
+        unsafe { rustix::mm::mprotect(start, to - from, access) }?;
+        // INVARIANT: 1: made so just now. Release: see `reach`.
+        self.accessible.store(to, Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes the region one that is not locked in memory, after the program has locked all it had.
+    ///
+    /// # Errors
+    ///
+    /// What `munlock` said.
+    pub(crate) fn unlock(&self) -> Result<(), Errno> {
+        // SAFETY: the mapping is ours (invariant 1), and unlocking changes no contents.
+        unsafe { rustix::mm::munlock(self.pointer(), self.bytes) }
     }
 
     /// Tells whether this process has the region: a child of the one that made it does not if it was
@@ -181,7 +240,7 @@ impl Region {
     /// Returns the first word of the region.
     pub(super) fn first_word(&self) -> u64 {
         // Relaxed: see the head of this module.
-        self.words()[0].load(Ordering::Relaxed)
+        self.words_of(self.range().first(), 0, WORD).0[0].load(Ordering::Relaxed)
     }
 
     /// Replaces the word at `offset` in `page` by what `update` makes of it, atomically and in one
@@ -215,7 +274,7 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// What `madvise(MADV_DONTNEED)` said.
+    /// What `madvise(MADV_DONTNEED)` said, or `MADV_DONTNEED_LOCKED` (5.18) where it is locked.
     ///
     /// # Panics
     ///
@@ -226,7 +285,11 @@ impl Region {
         let start =
             self.base.as_ptr().wrapping_add((range.address() - self.range().address()) as usize);
         // SAFETY: the pages are ours (invariant 1) and hold nothing but numbers.
-        unsafe { rustix::mm::madvise(start.cast::<c_void>(), bytes, Advice::LinuxDontNeed) }
+        match unsafe { rustix::mm::madvise(start.cast(), bytes, Advice::LinuxDontNeed) } {
+            // SAFETY: as above.
+            Err(Errno::INVAL) => unsafe { dontneed_locked(start.cast(), bytes) },
+            done => done,
+        }
     }
 
     /// Maps inaccessible memory at a multiple of 2 MiB.
@@ -249,7 +312,8 @@ impl Region {
         // SAFETY: as above, what is after it.
         unsafe { unmap(base.wrapping_byte_add(bytes), mapped - bytes - before) };
         let base = NonNull::new(base.cast::<u8>()).ok_or(Errno::NOMEM)?;
-        Ok(Region { base, bytes, only: None })
+        let (accessible, growing) = (AtomicUsize::new(0), Mutex::new(()));
+        Ok(Region { base, bytes, accessible, growing, only: None })
     }
 
     /// Gives the kernel advice about the whole region that changes none of its contents.
@@ -264,27 +328,44 @@ impl Region {
         self.base.as_ptr().cast::<c_void>()
     }
 
-    /// Returns the words from the one that holds the byte at `offset` in `page`, and the number of
-    /// bytes of that word before it.
+    /// Returns the words that hold the `bytes` bytes from `offset` in `page` on, and the number of
+    /// bytes of the first word before them.
     fn words_of(&self, page: Page, offset: usize, bytes: usize) -> (&[AtomicU64], usize) {
+        // Acquire: as in `reach`.
+        let accessible = self.accessible.load(Ordering::Acquire);
         let start = page
             .address()
             .checked_sub(self.range().address())
             .and_then(|distance| usize::try_from(distance).ok()?.checked_add(offset))
-            .filter(|&start| start <= self.bytes && bytes <= self.bytes - start);
+            .filter(|&start| start <= accessible && bytes <= accessible - start);
         let Some(start) = start else {
             panic!("{bytes:#x} bytes at {page}+{offset:#x} are not within the region {self:?}")
         };
-        (&self.words()[start / WORD..], start % WORD)
+        let skip = start % WORD;
+        let first = self.base.as_ptr().wrapping_add(start - skip).cast::<AtomicU64>();
+        // SAFETY: the memory is mapped and accessible while `self` is borrowed, and a region is a
+        // whole number of words and aligned to more than one (invariant 1), any eight bytes are an
+        // `AtomicU64`, and all accesses are of that kind (invariant 2). The size fits `isize` because
+        // no mapping is larger.
+        let words = unsafe { core::slice::from_raw_parts(first, (skip + bytes).div_ceil(WORD)) };
+        (words, skip)
     }
+}
 
-    /// Returns the whole region.
-    fn words(&self) -> &[AtomicU64] {
-        let words = self.base.cast::<AtomicU64>().as_ptr();
-        // SAFETY: the memory is mapped while `self` is borrowed and aligned to more than a word
-        // (invariant 1), any eight bytes are an `AtomicU64`, and all accesses are of that kind
-        // (invariant 2). The size fits `isize` because no mapping is larger.
-        unsafe { core::slice::from_raw_parts(words, self.bytes / WORD) }
+/// Drops what is in memory that is locked (`MADV_DONTNEED_LOCKED`, Linux 5.18).
+///
+/// # Safety
+///
+/// It is part of a mapping of ours, and what it holds is of no use.
+unsafe fn dontneed_locked(start: *mut c_void, bytes: usize) -> Result<(), Errno> {
+    const MADV_DONTNEED_LOCKED: i32 = 24;
+    // SAFETY: the caller's contract.
+    match unsafe { libc::madvise(start, bytes, MADV_DONTNEED_LOCKED) } {
+        0 => Ok(()),
+        _ => {
+            let error = std::io::Error::last_os_error();
+            Err(Errno::from_io_error(&error).unwrap_or(Errno::INVAL))
+        }
     }
 }
 

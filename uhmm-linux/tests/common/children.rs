@@ -150,6 +150,13 @@ impl Scattered {
         Scattered { process: process.clone(), gpu, host, mapping, mirror }
     }
 
+    /// Ends all but the mapping, and leaves the process to the caller.
+    pub(crate) fn into_process(self) -> (Process, Mapping) {
+        let Scattered { process, mapping, mirror, gpu, host } = self;
+        drop((mirror, gpu, host));
+        (process, mapping)
+    }
+
     /// Returns a part: 0 on a copying device, 1 in host memory, 2 held exclusively, 3 at home, and
     /// 4 never touched.
     pub(crate) fn part(&self, part: u64) -> PageRange {

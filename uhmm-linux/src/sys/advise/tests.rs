@@ -160,14 +160,15 @@ fn advice_is_taken() {
     let cases: [(Advise, &str); 4] =
         [(dontfork, "dc"), (hugepage, "hg"), (nohugepage, "nh"), (wipeonfork, "wf")];
     for (advise, letters) in cases {
-        let memory = Mapping::new(2, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+        let memory = Mapping::new(3, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
         // So that it is not joined with a neighbour.
-        protect(memory.pages(1..2), MprotectFlags::empty());
-        let range = memory.pages(0..1);
+        protect(memory.pages(0..1), MprotectFlags::empty());
+        protect(memory.pages(2..3), MprotectFlags::empty());
+        let range = memory.pages(1..2);
         assert!(!flags(range).iter().any(|flag| flag == letters));
         assert_eq!(advise(range), Ok(()));
         assert!(flags(range).iter().any(|flag| flag == letters), "{letters}");
-        unmap(memory.pages(1..2));
+        unmap(memory.pages(2..3));
         assert_eq!(advise(memory.range()), Err(Errno::NOMEM));
     }
     let shared = Mapping::new(1, ProtFlags::READ, MapFlags::SHARED);
