@@ -2,11 +2,14 @@
 #![deny(unsafe_code)]
 
 mod options;
+pub mod probe;
 mod process;
 mod space;
 mod sys;
 
 pub use options::Options;
+#[doc(inline)]
+pub use probe::{NoMigration, Probe, probe};
 pub use process::{AttachError, Process, ProcessStatistics};
 pub use space::HostMemory;
 pub use sys::allocator::{Allocator, movable};

@@ -19,6 +19,7 @@ pub struct Options {
     pub(crate) patience: Duration,
     pub(crate) max_registrations: usize,
     pub(crate) managed: Option<Vec<PageRange>>,
+    pub(crate) only_hooked_forks: bool,
     pub(crate) injector: Option<Injector>,
 }
 
@@ -30,6 +31,7 @@ impl Default for Options {
             patience: Duration::from_secs(5),
             max_registrations: 8192,
             managed: None,
+            only_hooked_forks: false,
             injector: None,
         }
     }
@@ -92,6 +94,22 @@ impl Options {
     #[must_use]
     pub fn manage(mut self, range: PageRange) -> Options {
         self.managed.get_or_insert_default().push(range);
+        self
+    }
+
+    /// Promises, if `yes`, that this program makes children that have memory of their own by the C
+    /// library's `fork` alone, and not by the system calls `fork` and `clone`. What shares the memory
+    /// of its parent until it executes another program is no such child: `vfork`, `posix_spawn`,
+    /// `system`, [`std::process::Command`].
+    ///
+    /// It matters only where this user is not told of forks
+    /// ([`NoMigration::ForksUnseen`](crate::NoMigration::ForksUnseen)): without the promise nothing
+    /// moves there. With it everything comes home before each fork, and what does not within the
+    /// [patience](Options::patience) for it the child does not have: touching it there raises
+    /// `SIGSEGV`. Where the promise is broken, children read zeroes in the place of what was away.
+    #[must_use]
+    pub fn only_hooked_forks(mut self, yes: bool) -> Options {
+        self.only_hooked_forks = yes;
         self
     }
 

@@ -9,12 +9,13 @@ use rustix::io::Errno;
 use uhmm::{AddressSpace, Backend, PageRange};
 
 use crate::options::Options;
+use crate::probe::{NoMigration, Plan, Probe, probe};
 use crate::space::kernel::Kernel;
 use crate::space::{Abilities, HostMemory, Parts, Space};
 use crate::sys::allocator;
 use crate::sys::maps::Maps;
 use crate::sys::pagemap::Pagemap;
-use crate::sys::userfaultfd::{Faults, Features, Userfaultfd};
+use crate::sys::userfaultfd::{Features, Userfaultfd};
 
 /// Whether this process is attached.
 static ATTACHED: AtomicBool = AtomicBool::new(false);
@@ -27,6 +28,13 @@ static ATTACHED: AtomicBool = AtomicBool::new(false);
 pub struct Process {
     address_space: AddressSpace,
     space: Arc<Space>,
+    found: Arc<Found>,
+}
+
+/// What was found when the process attached.
+struct Found {
+    probe: Probe,
+    migration: Result<(), NoMigration>,
 }
 
 /// Why a process cannot attach.
@@ -38,8 +46,8 @@ pub enum AttachError {
     AlreadyAttached,
     /// There is no userfaultfd, or not for this user.
     #[error(
-        "userfaultfd is not available ({errno}): it takes CAP_SYS_PTRACE, or \
-         `sysctl vm.unprivileged_userfaultfd=1`, and a kernel with CONFIG_USERFAULTFD"
+        "userfaultfd is not available ({errno}): it takes a kernel with CONFIG_USERFAULTFD, and a \
+         container that lets userfaultfd(2) through"
     )]
     Userfaultfd {
         /// What the kernel said.
@@ -124,7 +132,8 @@ impl Process {
         if ATTACHED.swap(true, Ordering::SeqCst) && !Process::is_inherited() {
             return Err(AttachError::AlreadyAttached);
         }
-        let process = Process::attach_once(options);
+        // What serves faults stays, wherever this is called.
+        let process = allocator::private(|| Process::attach_once(options));
         if process.is_err() {
             detached();
         }
@@ -134,17 +143,9 @@ impl Process {
     fn attach_once(options: Options) -> Result<Process, AttachError> {
         let no_userfaultfd = |errno| AttachError::Userfaultfd { errno };
         let no_proc = |errno| AttachError::Proc { errno };
-        let offered = Userfaultfd::offered(Faults::All).map_err(no_userfaultfd)?;
-        let events = Features::EVENT_FORK
-            | Features::EVENT_REMAP
-            | Features::EVENT_REMOVE
-            | Features::EVENT_UNMAP;
-        let wanted = events | Features::MOVE
-            | Features::POISON
-            | Features::WP_ASYNC
-            | Features::THREAD_ID;
-        let uffd = Userfaultfd::open(Faults::All, wanted & offered).map_err(no_userfaultfd)?;
-        let migrate = offered.contains(events | Features::MOVE);
+        let probe = probe();
+        let Plan { faults, features, migration } = probe.plan(options.only_hooked_forks);
+        let uffd = Userfaultfd::open(faults, features).map_err(no_userfaultfd)?;
         let pagemap = Pagemap::open().map_err(no_proc)?;
         let maps = Maps::open().map_err(no_proc)?;
         let managed = match options.managed {
@@ -155,8 +156,11 @@ impl Process {
         let kernel = Kernel::new(uffd, pagemap, maps, options.injector).map_err(no_room)?;
         let parts = Parts {
             kernel,
-            staging_bytes: options.staging_bytes,
-            abilities: Abilities { migrate },
+            staging_bytes: if migration.is_ok() { options.staging_bytes } else { 0 },
+            abilities: Abilities {
+                migrate: migration.is_ok(),
+                sees_forks: features.contains(Features::EVENT_FORK),
+            },
             max_registrations: options.max_registrations,
             managed,
             servers: options.servers,
@@ -164,7 +168,8 @@ impl Process {
         };
         let space = Space::new(parts).map_err(no_room)?;
         let address_space = AddressSpace::new(Arc::clone(&space) as Arc<dyn Backend>);
-        Ok(Process { address_space, space })
+        let found = Arc::new(Found { probe, migration });
+        Ok(Process { address_space, space, found })
     }
 
     /// Tells whether the attachment that is noted is that of a parent.
@@ -175,6 +180,25 @@ impl Process {
     /// Returns the address space.
     pub fn address_space(&self) -> &AddressSpace {
         &self.address_space
+    }
+
+    /// Tells whether pages of this process can move to devices.
+    ///
+    /// Where they cannot, everything else can be done: devices can mirror the process, fault its pages
+    /// in and use them where they are. Migrations leave every page where it is, and exclusive access
+    /// fails, both with [`StayReason::Unsupported`](uhmm::StayReason::Unsupported).
+    ///
+    /// # Errors
+    ///
+    /// Why they cannot, and what would have to be different.
+    pub fn migration(&self) -> Result<(), NoMigration> {
+        self.found.migration
+    }
+
+    /// Returns what was found when the process attached: every feature of the kernel's that is used
+    /// or missing.
+    pub fn probe(&self) -> &Probe {
+        &self.found.probe
     }
 
     /// Makes device memory of at most `pages` pages out of the process's own memory. Pages move there

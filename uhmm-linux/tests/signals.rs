@@ -3,6 +3,7 @@
 mod common;
 
 use std::mem::MaybeUninit;
+use std::os::unix::thread::JoinHandleExt as _;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -80,8 +81,8 @@ fn a_storm_of_signals_disturbs_no_fault() {
         let ended = AtomicBool::new(false);
         thread::scope(|scope| {
             let target = this_thread();
-            scope.spawn(|| {
-                let target = target;
+            let ended = &ended;
+            scope.spawn(move || {
                 while !ended.load(Ordering::SeqCst) {
                     // SAFETY: the thread outlives this one.
                     unsafe { libc::pthread_kill(target, libc::SIGUSR1) };
@@ -113,6 +114,8 @@ fn a_storm_of_signals_disturbs_no_fault() {
     });
 }
 
+/// The handler runs on a thread that is not in a call of ours: one that interrupts such a call may
+/// have interrupted what its page waits for.
 #[test]
 fn handlers_touch_pages_that_are_away() {
     in_own_process(|| {
@@ -121,18 +124,37 @@ fn handlers_touch_pages_that_are_away() {
         let mapping = Mapping::anonymous(4);
         mapping.fill(|index| index);
         TOUCHED.store(mapping.word(1), Ordering::SeqCst);
-        handle(libc::SIGALRM, libc::SA_RESTART);
-        timer(Duration::from_micros(300));
-        let began = Instant::now();
-        while began.elapsed() < Duration::from_secs(2) {
-            process.migrate(mapping.range(), &host).run();
-            assert_eq!(mapping.peek(0), 0);
-        }
-        timer(Duration::ZERO);
-        // One may be under way.
-        let seen = || SEEN.load(Ordering::SeqCst);
-        assert!(eventually(|| mapping.peek(1) == 1 + seen()), "{} {}", mapping.peek(1), seen());
-        assert!(seen() > 100, "{} signals", seen());
+        handle(libc::SIGUSR2, libc::SA_RESTART);
+        let ended = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let (ended, mapping) = (&ended, &mapping);
+            let user = scope.spawn(move || {
+                while !ended.load(Ordering::SeqCst) {
+                    // Also in the middle of a fault of its own.
+                    assert_eq!(mapping.peek(2), 2);
+                    common::raise(libc::SIGUSR2);
+                }
+            });
+            let target = user.as_pthread_t();
+            let storm = scope.spawn(move || {
+                while !ended.load(Ordering::SeqCst) {
+                    // SAFETY: the thread is joined after this one.
+                    unsafe { libc::pthread_kill(target, libc::SIGUSR2) };
+                    thread::yield_now();
+                }
+            });
+            let began = Instant::now();
+            while began.elapsed() < Duration::from_secs(2) {
+                process.migrate(mapping.range(), &host).run();
+                assert_eq!(mapping.peek(0), 0);
+            }
+            ended.store(true, Ordering::SeqCst);
+            storm.join().expect("no panic");
+            user.join().expect("no panic");
+        });
+        let seen = SEEN.load(Ordering::SeqCst);
+        assert_eq!(mapping.peek(1), 1 + seen);
+        assert!(seen > 100, "{seen} signals");
     });
 }
 

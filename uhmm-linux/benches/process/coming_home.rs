@@ -179,6 +179,10 @@ fn in_sequence(effort: &Effort) {
     memory.fill();
     rig.manage(&memory);
     let walk_home = |to: &Arc<DevicePagemap>| {
+        rig.send(memory.range(), to);
+        walk(&memory)
+    };
+    let walk_scattered = |to: &Arc<DevicePagemap>| {
         rig.send_each(memory.range(), to);
         walk(&memory)
     };
@@ -186,11 +190,13 @@ fn in_sequence(effort: &Effort) {
         Side::new("one at a time", || walk_home(&one)),
         Side::new("with fault-around", || walk_home(&some)),
         Side::new("with the default policies", || walk_home(&all)),
+        Side::new("one at a time, sent so", || walk_scattered(&one)),
+        Side::new("with fault-around, sent one by one", || walk_scattered(&some)),
     ]);
     table("A CPU reads one page after the other, for each page");
-    row_alone(&series[0]);
     row(&series[1], &[&series[0]], Some(0.2));
     row(&series[2], &[&series[0]], None);
+    row(&series[4], &[&series[3]], Some(0.2));
 }
 
 /// Where servers should be.

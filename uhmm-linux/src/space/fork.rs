@@ -29,6 +29,7 @@
 //! there answers that the address space has ended.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
@@ -37,7 +38,7 @@ use std::time::{Duration, Instant};
 use mmu_notifier::{EventKind, Owner, thread_number};
 use rangemap::RangeMap;
 use rustix::io::Errno;
-use uhmm::{FaultError, Order, Page, PageRange};
+use uhmm::{Order, Page, PageRange};
 
 use super::serve::AbortOnPanic;
 use super::state::{Place, State, is_in_limbo, numbers, range_of};
@@ -281,44 +282,50 @@ impl Space {
         state.aftermath.children = true;
     }
 
-    /// Gives the children what they lack, by bringing that home. With no lock held.
+    /// Gives the children what they lack, by bringing that home. With no lock held, by a server: any
+    /// other thread may have some of it in transit itself.
     pub(super) fn supply_children(&self) {
-        let began = Instant::now();
+        let deadline = Instant::now() + PATIENCE;
         let nobody = Some(Owner::new());
+        // What cannot be had at the moment, so that it does not keep the rest from them.
+        let mut failed = BTreeSet::new();
         loop {
             let next = {
                 let mut state = self.lock();
-                let next = self.next_for_children(&mut state);
-                if next.is_none() {
-                    // What they lack by now they have: it never left.
+                let next = self.next_for_children(&mut state, &failed);
+                if next.is_none() && (failed.is_empty() || Instant::now() > deadline) {
+                    // They have it by now, since it never left; or it cannot be had.
                     self.give_up_children(&mut state);
                     return;
                 }
                 next
             };
-            let Some((first, order)) = next else { return };
-            let fetched = self.fetch_home(first.block(order), nobody, Some(began + PATIENCE));
-            if let Err(error) = fetched {
-                let hopeless = matches!(error, FaultError::SelfWait { .. });
-                if hopeless || began.elapsed() > PATIENCE {
-                    tracing::error!(target: "uhmm", %error, "a child does not get its pages");
-                    self.give_up_children(&mut self.lock());
-                    return;
-                }
+            let Some((first, order)) = next else {
+                failed.clear();
                 std::thread::yield_now();
+                continue;
+            };
+            if let Err(error) = self.fetch_home(first.block(order), nobody, Some(deadline)) {
+                tracing::debug!(target: "uhmm", %error, "a child does not get a page");
+                failed.insert(first);
             }
         }
     }
 
     /// Finds something that is out and that a child lacks.
-    fn next_for_children(&self, state: &mut State) -> Option<(Page, Order)> {
+    fn next_for_children(
+        &self,
+        state: &mut State,
+        failed: &BTreeSet<Page>,
+    ) -> Option<(Page, Order)> {
         let served = |child: &mut Child| child.lacks.is_empty();
         let done: Vec<Child> = state.children.extract_if(.., served).collect();
         done.into_iter().for_each(Child::release);
         self.announce_arrivals();
         state.children.iter().find_map(|child| {
             child.lacks.iter().find_map(|(part, _)| {
-                let (first, extent) = state.overlapping(range_of(part.clone())).next()?;
+                let mut out = state.overlapping(range_of(part.clone()));
+                let (first, extent) = out.find(|(first, _)| !failed.contains(first))?;
                 Some((first, extent.order))
             })
         })

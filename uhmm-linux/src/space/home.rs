@@ -108,15 +108,40 @@ impl Space {
         if poisoned && done > 0 {
             state.poisoned.remove(to.first().number()..to.first().number() + done);
         }
-        if done == to.pages() {
-            drop(state.remove(to.first()));
-        } else if done > 0 {
-            let done = PageRange::from_pages(to.first(), done).expect("some were done");
-            state.carve(done);
-            let gone: Vec<Page> = state.overlapping(done).map(|(first, _)| first).collect();
-            gone.into_iter().for_each(|first| drop(state.remove(first)));
-        }
+        forget_first(state, to, done);
         (done, error)
+    }
+
+    /// Puts blocks of staging home that lie one after the other, there and here, by one call to the
+    /// kernel, as far as that goes, and returns how many. Those that have not come home are as before,
+    /// or in smaller parts. Each is given by its pages, and its first page in staging.
+    pub(super) fn put_ahead(
+        &self,
+        state: &mut State,
+        isolation: IsolationId,
+        run: &[(PageRange, Page)],
+    ) -> usize {
+        let (&[(first, from), .., (last, _)], true) = (run, state.children.is_empty()) else {
+            return 0;
+        };
+        let to = PageRange::from_bounds(first.first(), last.last()).expect("in ascending order");
+        let from = PageRange::from_pages(from, to.pages()).expect("it is as long");
+        let plain = !state.is_disturbed(isolation) && !state.poisoned.overlaps(&numbers(to));
+        if !plain || self.staging.occupied_run(from) != (true, from.pages()) {
+            return 0;
+        }
+        let mut done = self.kernel.move_home(from, to.first()).pages;
+        if done > 0 {
+            self.staging.empty(prefix(from, done));
+        }
+        let mut whole = 0;
+        for &(block, _) in run {
+            let there = done.min(block.pages());
+            done -= there;
+            whole += usize::from(there == block.pages());
+            forget_first(state, block, there);
+        }
+        whole
     }
 
     /// Fills the holes `to` with the pages `from` of a pool. Only a copy replaces what is `poisoned`.
@@ -341,13 +366,25 @@ fn prefix(range: PageRange, pages: u64) -> PageRange {
     PageRange::from_pages(range.first(), pages).expect("at least one, and no more than there are")
 }
 
+/// Forgets that so many of the first pages of an extent are out.
+fn forget_first(state: &mut State, extent: PageRange, pages: u64) {
+    if pages == extent.pages() {
+        drop(state.remove(extent.first()));
+    } else if pages > 0 {
+        let done = prefix(extent, pages);
+        state.carve(done);
+        let gone: Vec<Page> = state.overlapping(done).map(|(first, _)| first).collect();
+        gone.into_iter().for_each(|first| drop(state.remove(first)));
+    }
+}
+
 /// Returns the first part of `token`, from `at` pages on, that is still out.
 fn next_part(state: &State, token: Token, at: u64) -> Option<(Page, Order, u64)> {
     state.of_token(token).into_iter().find(|&(_, _, offset)| offset >= at)
 }
 
 /// Frees a block that pages have come home from, once no device can use it any more.
-fn let_go(state: &mut State, block: PoolBlock) {
+pub(super) fn let_go(state: &mut State, block: PoolBlock) {
     if state.is_unsettled() {
         state.aftermath.doomed.push(Place::Parked(block));
     }

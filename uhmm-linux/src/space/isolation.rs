@@ -11,6 +11,7 @@ use uhmm::backend::{
 use uhmm::{DeviceBlock, Frame, Order, Page, PageRange, StayReason, Stayed, SystemMemory};
 
 use super::Space;
+use super::home::let_go;
 use super::pool::PoolBlock;
 use super::state::{CHUNK, Extent, IsolationId, Place, State, Token};
 use crate::sys::pagemap::Categories;
@@ -147,14 +148,35 @@ impl ProcessIsolation {
         let aftermath = {
             let mut state = space.lock();
             let mut placements = placements.into_iter();
+            let mut rest = std::mem::take(&mut self.held).into_iter();
             // Where they are now: whoever sleeps for one of them sleeps there.
             let awaited: Vec<PageRange> = match state.is_awaited(id) {
                 true => state.blocks_of(id).collect(),
                 false => Vec::new(),
             };
-            for (page, held) in self.pages.iter().zip(self.held.drain(..)) {
+            // How many of the pages to come are home already, and how many after those go alone.
+            let (mut ahead, mut alone) = (0, 0);
+            for (index, &page) in self.pages.iter().enumerate() {
+                if (ahead, alone) == (0, 0) {
+                    let (pages, memory) = (&self.pages[index..], &*space.memory);
+                    let run = run_in_place(memory, pages, rest.as_slice(), placements.as_slice());
+                    ahead = space.put_ahead(&mut state, id, &run);
+                    alone = run.len().max(1) - ahead;
+                }
+                let held = rest.next().expect("one for each page");
                 let placement = placements.next().unwrap_or(Placement::Back);
-                committed.push(space.place(&mut state, id, *page, held, placement, &mut left));
+                committed.push(match (held.contents, ahead) {
+                    (Contents::Device(block), 1..) => {
+                        ahead -= 1;
+                        let_go(&mut state, space.take_over(block));
+                        Committed::Placed
+                    }
+                    (contents, _) => {
+                        alone -= 1;
+                        let held = Held { contents, ..held };
+                        space.place(&mut state, id, page, held, placement, &mut left)
+                    }
+                });
             }
             space.end_isolation(&mut state, id);
             // Some touched a page that is on a device now: they look again.
@@ -171,6 +193,30 @@ impl ProcessIsolation {
         }
         committed
     }
+}
+
+/// Returns the first pages, as far as they come home from where their device has them, and lie one
+/// after the other, there and here: each with its place there.
+fn run_in_place(
+    memory: &dyn SystemMemory,
+    pages: &[IsolatedPage],
+    held: &[Held],
+    placements: &[Placement],
+) -> SmallVec<[(PageRange, Page); 1]> {
+    let mut run: SmallVec<[(PageRange, Page); 1]> = SmallVec::new();
+    for ((page, held), placement) in pages.iter().zip(held).zip(placements) {
+        let (Home::InPlace, Placement::Home) = (&held.home, placement) else { break };
+        let Contents::Device(block) = &held.contents else { break };
+        let Some(from) = block.in_place(memory).and_then(|frame| Page::new(frame.0)) else { break };
+        if let Some((before, at)) = run.last()
+            && (before.last().checked_add(1) != Some(page.page)
+                || at.checked_add(before.pages()) != Some(from))
+        {
+            break;
+        }
+        run.push((page.page.block(page.order), from));
+    }
+    run
 }
 
 impl Space {

@@ -129,11 +129,6 @@ impl Kernel {
         self.pagemap.scan(range, any_of, report, out)
     }
 
-    pub(super) fn entries(&self, range: PageRange, out: &mut [u64]) -> Result<(), Errno> {
-        self.step("scan", Errno::NOMEM)?;
-        self.pagemap.entries(range, out)
-    }
-
     /// Tells whether a page is locked in memory.
     pub(super) fn is_locked(&self, page: Page) -> bool {
         advise::is_locked(page.into())

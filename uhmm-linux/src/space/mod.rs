@@ -100,6 +100,8 @@ pub(crate) struct Space {
 pub(crate) struct Abilities {
     /// Pages can leave, and whoever touches them, also in a system call, waits for them.
     pub(crate) migrate: bool,
+    /// The kernel tells of forks.
+    pub(crate) sees_forks: bool,
 }
 
 /// What the space is made from.
@@ -180,7 +182,8 @@ impl Space {
             state.reserved.insert(state::numbers(range));
             state.own.insert(state::numbers(range));
         }
-        let sentinel = parts.abilities.migrate.then(Sentinel::new).transpose()?;
+        let Abilities { migrate, sees_forks } = parts.abilities;
+        let sentinel = (migrate && sees_forks).then(Sentinel::new).transpose()?;
         if let Some(sentinel) = &sentinel {
             state.reserved.insert(fork::above(sentinel));
         }
@@ -313,7 +316,7 @@ impl Space {
         let aftermath = {
             let mut state = self.lock();
             state.settling += 1;
-            std::mem::take(&mut state.aftermath)
+            self.take_aftermath(&mut state)
         };
         for (kind, range) in aftermath.changed {
             drop(self.notifiers.invalidate_range_start(Event::new(kind, range.va_range())));

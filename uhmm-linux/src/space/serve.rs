@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use smallvec::SmallVec;
 use uhmm::{DevicePagemap, FaultError, Order, Page, PageRange};
 
-use super::state::{Fault, Place, State, chunk_of};
+use super::state::{Aftermath, Fault, Place, State, chunk_of};
 use super::{Space, count, fatal, lock};
 use crate::sys::thread::{self, BusCode};
 
@@ -72,6 +72,9 @@ enum Failure {
 thread_local! {
     /// Whether this thread is the leader, which must not wait for anybody.
     static LEADING: Cell<bool> = const { Cell::new(false) };
+
+    /// Whether this thread is a server.
+    static SERVER: Cell<bool> = const { Cell::new(false) };
 }
 
 type Tasks = SmallVec<[Task; 4]>;
@@ -196,6 +199,7 @@ impl Space {
     }
 
     fn serve(&self) {
+        SERVER.set(true);
         // Whoever sleeps for a page that a server was about to bring would sleep for ever.
         let abort = AbortOnPanic;
         loop {
@@ -447,6 +451,16 @@ impl Space {
     /// which no message will remind it, and children, whose parent waits.
     pub(super) fn leaves_aftermath(&self, state: &State) -> bool {
         state.aftermath.children || (LEADING.get() && !state.aftermath.is_empty())
+    }
+
+    /// Takes what events have left to do, as far as it is for this thread.
+    pub(super) fn take_aftermath(&self, state: &mut State) -> Aftermath {
+        let mut aftermath = std::mem::take(&mut state.aftermath);
+        if aftermath.children && !SERVER.get() {
+            (aftermath.children, state.aftermath.children) = (false, true);
+            self.call_leader();
+        }
+        aftermath
     }
 
     /// Does what events have left to do, unless this is the leader, who does it after it has handed

@@ -501,10 +501,15 @@ impl Space {
                 };
                 state.overlapping(range).map(sight).collect()
             };
-            if found(&state).iter().any(|&(.., wanted, _)| wanted) {
+            let mut there = found(&state);
+            let cut = |&(first, order, wanted, _): &(Page, Order, bool, bool)| {
+                wanted && !range.covers(first.block(order))
+            };
+            if there.iter().any(cut) {
                 state.carve(range);
+                there = found(&state);
             }
-            for (first, order, wanted, transit) in found(&state) {
+            for (first, order, wanted, transit) in there {
                 let pages = first.block(order).intersection(range).expect("they overlap");
                 stay_before(&mut isolation, next, pages.first());
                 next = pages.last().checked_add(1);

@@ -139,7 +139,8 @@ pub(crate) fn is_installed() -> bool {
 }
 
 /// Tells whether `page` is in the arena.
-pub(crate) fn contains(page: Page) -> bool {
+#[cfg(test)]
+fn contains(page: Page) -> bool {
     existing().is_some_and(|arena| arena.offset_of(page.address() as usize).is_some())
 }
 

@@ -151,6 +151,11 @@ impl Maps {
         Ok(all)
     }
 
+    /// Tells whether the kernel is asked for one mapping at a time, and no text is parsed.
+    pub(crate) fn is_quick(&self) -> bool {
+        self.source == Source::Query
+    }
+
     fn of(source: Source) -> Result<Maps, Errno> {
         let path = match source {
             Source::Query => "/proc/self/maps",

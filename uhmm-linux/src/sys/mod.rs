@@ -21,6 +21,7 @@
 //! | [`pidfd`] | pidfd_open(2) | 5.3 |
 //! | [`sentinel`] | userfaultfd(2)'s events of forks, in the order of addresses | 4.11 |
 //! | [`region`], [`thread`], [`objects`], [`fork`] | memory, threads, objects, fork | any |
+//! | [`probe`] | what of all this is to be had | any |
 //!
 //! Together they need Linux 6.8. `abi` holds the numbers and structures that no crate has.
 //!
@@ -58,6 +59,7 @@ pub(crate) mod maps;
 pub(crate) mod objects;
 pub(crate) mod pagemap;
 pub(crate) mod pidfd;
+pub(crate) mod probe;
 pub(crate) mod process_vm;
 pub(crate) mod region;
 pub(crate) mod sentinel;

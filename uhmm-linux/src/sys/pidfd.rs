@@ -22,6 +22,20 @@ impl Pidfd {
         rustix::process::pidfd_open(pid, PidfdFlags::empty()).map(Pidfd)
     }
 
+    /// Opens thread `tid` of this process (`PIDFD_THREAD`, Linux 6.9): its descriptor is readable from
+    /// the end of that thread on.
+    ///
+    /// # Errors
+    ///
+    /// `ESRCH` if there is none, `EINVAL` before Linux 6.9, `EMFILE` and `ENFILE`.
+    #[doc(alias = "PIDFD_THREAD")]
+    pub(crate) fn open_thread(tid: u32) -> Result<Pidfd, Errno> {
+        // The kernel's `PIDFD_THREAD` is `O_EXCL`.
+        let flags = PidfdFlags::from_bits_retain(rustix::fs::OFlags::EXCL.bits());
+        let tid = i32::try_from(tid).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH)?;
+        rustix::process::pidfd_open(tid, flags).map(Pidfd)
+    }
+
     /// Tells whether every thread of the process has ended. Does not wait.
     ///
     /// # Errors

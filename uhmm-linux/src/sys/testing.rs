@@ -1,6 +1,7 @@
 //! What the tests of this folder share: memory that is nobody else's, and threads that touch it.
 //!
-//! A test registers its own mappings only, so that it may run beside any other in one process. It
+//! A test registers its own mappings only, so that it may run beside any other in one process; where
+//! it unmaps a part of one, it is one of [`Mapping::apart`], lest another test fill the hole. It
 //! waits with a deadline for everything that the kernel should tell, so that a lost message is a
 //! failure and not a hang. Threads that may be stuck are not joined when a test fails: the
 //! userfaultfd goes, and with it what they wait for. A test that is told of unmapping makes its
@@ -10,6 +11,7 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -58,6 +60,24 @@ impl Mapping {
         // SAFETY: the kernel chooses the place, which nobody has.
         let start = unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), bytes, rights, flags) };
         Mapping::at(start.expect("there is memory").expose_provenance() as u64, bytes)
+    }
+
+    /// Maps private anonymous memory where the kernel puts nothing by itself, which fills the
+    /// address space from the top: what is unmapped there stays a hole, and nobody else's.
+    pub(super) fn apart(pages: u64) -> Mapping {
+        const STEP: usize = 1 << 30;
+        static NEXT: AtomicUsize = AtomicUsize::new(64 << 30);
+        // Relaxed: nothing but the number itself is shared.
+        let start = ptr::without_provenance_mut(NEXT.fetch_add(STEP, Ordering::Relaxed));
+        let bytes = pages as usize * PAGE_SIZE;
+        let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+        let flags = flags | MapFlags::FIXED_NOREPLACE;
+        // SAFETY: nothing is mapped there, or the kernel refuses.
+        let start = unsafe { rustix::mm::mmap_anonymous(start, bytes, rights, flags) };
+        let start = start.expect("nobody is there").expose_provenance();
+        let mapping = Mapping::at(start as u64, bytes);
+        super::advise::nohugepage(mapping.range).expect("the kernel has huge pages");
+        mapping
     }
 
     /// Maps a file from its beginning.

@@ -1,6 +1,6 @@
 //! What the tests of live processes share.
 
-#![allow(dead_code, reason = "each test file uses a part of this")]
+#![allow(dead_code, unused_imports, reason = "each test file uses a part of this")]
 
 pub(crate) mod children;
 /// The simulation's test device: it is made of what `uhmm` offers to any device.

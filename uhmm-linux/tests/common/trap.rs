@@ -159,7 +159,15 @@ extern "C" fn handle(signal: i32, info: *mut libc::siginfo_t, context: *mut libc
     ];
     if ours.iter().any(|&label| label as usize == at) {
         // SAFETY: as the context.
-        let code = unsafe { (*info).si_code };
+        let info = unsafe { &*info };
+        let (code, errno) = (info.si_code, info.si_errno);
+        // The kernel lets nobody send its own codes to another thread; uhmm says by `errno` which it
+        // would be.
+        let code = match (code, errno) {
+            (libc::SI_QUEUE, libc::EIO) => libc::BUS_OBJERR,
+            (libc::SI_QUEUE, libc::ENOMEM) => libc::BUS_ADRERR,
+            (code, _) => code,
+        };
         let trap = (signal as u64) << 16 | u64::from(code as u16);
         registers[libc::REG_RDX as usize] = trap as i64;
         registers[libc::REG_RIP as usize] = uhmm_trap_return as *const () as usize as i64;

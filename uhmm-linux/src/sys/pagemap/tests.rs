@@ -155,7 +155,7 @@ fn neighbours_of_which_the_same_is_true_are_one_range() {
 
 #[test]
 fn mapped_pages_without_anything_and_holes_in_the_mapping() {
-    let memory = Mapping::anonymous(6);
+    let memory = Mapping::apart(6);
     memory.store(1, 1);
     unmap(memory.pages(3..5));
     let mut found = Vec::new();

@@ -84,7 +84,7 @@ fn for_faults_outside_the_kernel_system_calls_fail() {
 fn registering_says_what_cannot_be() {
     let Some(uffd) = userfaultfd(Features::empty()) else { return };
     let other = userfaultfd(Features::empty()).expect("a second one");
-    let memory = Mapping::anonymous(8);
+    let memory = Mapping::apart(8);
     register(&uffd, &memory, MISSING);
     register(&uffd, &memory, MISSING | Modes::WP);
     assert_eq!(other.register(memory.pages(3..4), MISSING), Err(Errno::BUSY));
@@ -168,7 +168,7 @@ fn without_asking_a_fault_says_the_page_and_nobody() {
 #[test]
 fn copy_fills_holes_only_and_says_how_far_it_came() {
     let Some(uffd) = userfaultfd(Features::empty()) else { return };
-    let (memory, from) = (Mapping::anonymous(4), Mapping::anonymous(4));
+    let (memory, from) = (Mapping::anonymous(4), Mapping::apart(4));
     from.fill(|index| 100 + index);
     register(&uffd, &memory, MISSING);
     assert_eq!(uffd.copy(from.page(2), memory.pages(2..3), true), all(1));
@@ -525,7 +525,7 @@ fn await_round(round: &AtomicU64, value: u64) -> u64 {
 #[test]
 fn unregistering_what_is_not_mapped_still_wakes() {
     let Some(uffd) = userfaultfd(Features::empty()) else { return };
-    let memory = Mapping::anonymous(2);
+    let memory = Mapping::apart(2);
     register(&uffd, &memory, MISSING);
     // A system call, because a load would end the test.
     let range = memory.pages(0..1);

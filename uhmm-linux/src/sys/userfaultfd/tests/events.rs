@@ -26,7 +26,7 @@ fn dropping_pages_is_told_before_it_happens() {
 
 #[test]
 fn unmapping_is_told_after_it_happened() {
-    let memory = Mapping::anonymous(4);
+    let memory = Mapping::apart(4);
     let Some(uffd) = userfaultfd(all_events()) else { return };
     memory.fill(|_| 1);
     register(&uffd, &memory, MISSING);

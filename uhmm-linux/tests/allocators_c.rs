@@ -1,0 +1,20 @@
+//! A program whose memory comes from the C library, and is on devices while it is allocated and freed.
+
+#[path = "allocators/churn.rs"]
+mod churn;
+#[path = "common/own_process.rs"]
+#[allow(dead_code, reason = "each test file uses a part of this")]
+mod own_process;
+#[path = "common/stacks.rs"]
+#[allow(dead_code, reason = "each test file uses a part of this")]
+mod stacks;
+
+use own_process::in_own_process;
+
+#[global_allocator]
+static ALLOCATOR: uhmm_linux::Allocator = uhmm_linux::Allocator::new();
+
+#[test]
+fn c_library() {
+    in_own_process(|| churn::churn());
+}
