@@ -8,7 +8,7 @@ use std::thread;
 use common::children::{Board, End, How, Scattered, WAYS, child, end_of};
 use common::leaks::holdings;
 use common::memory::Mapping;
-use common::rig::{Gpu, attach, device_load, device_store};
+use common::rig::{Gpu, TestMirror, attach, device_load, device_store};
 use common::{eventually, exit_now, in_own_process};
 use rustix::process::WaitOptions;
 use uhmm::{DevicePagemap, FaultError, Mirror};
@@ -96,13 +96,17 @@ fn a_mirror_that_a_child_inherits_is_no_mirror_there() {
             for parent_first in [false, true] {
                 (0..4).for_each(|word| board.set(word, 0));
                 let middle = child(How::Hooked, || {
-                    let memory = Scattered::new(&attach());
+                    let mut owned = Some(Scattered::new(&attach()));
+                    let memory = owned.as_ref().expect("made just now");
                     memory.fill(1);
                     let mapping = Mapping::anonymous(4);
                     mapping.fill(|index| index + 1);
                     let gpu = Gpu::new(16);
-                    let mirror = gpu.mirror(&memory.process, mapping.range());
-                    assert_eq!(device_load(&mirror, mapping.page(1)), Ok(2));
+                    let mut held = Some(gpu.mirror(&memory.process, mapping.range()));
+                    let load = |mirror: &Option<TestMirror>, page| {
+                        device_load(mirror.as_ref().expect("not dropped yet"), page)
+                    };
+                    assert_eq!(load(&held, mapping.page(1)), Ok(2));
                     memory.scatter();
                     let pid = child(how, || {
                         if parent_first {
@@ -110,12 +114,11 @@ fn a_mirror_that_a_child_inherits_is_no_mirror_there() {
                         }
                         // What it does to its memory is none of the parent's.
                         mapping.poke(1, 77);
-                        let foreign = device_load(&mirror, mapping.page(2));
+                        let foreign = load(&held, mapping.page(2));
                         assert_eq!(foreign, Err(FaultError::Released));
-                        drop(mirror);
-                        drop(gpu);
-                        let right = memory.is_right(1);
-                        drop(memory);
+                        drop(held.take());
+                        let right = owned.as_ref().expect("not dropped yet").is_right(1);
+                        drop(owned.take());
                         board.set(1, 1 + u64::from(right));
                         true
                     });
@@ -123,8 +126,8 @@ fn a_mirror_that_a_child_inherits_is_no_mirror_there() {
                         exit_now(0);
                     }
                     assert_eq!(end_of(pid), End::Well);
-                    assert_eq!(device_load(&mirror, mapping.page(1)), Ok(2));
-                    memory.is_right(1)
+                    assert_eq!(load(&held, mapping.page(1)), Ok(2));
+                    owned.as_ref().expect("only the child dropped it").is_right(1)
                 });
                 assert_eq!(end_of(middle), End::Well, "{how:?}");
                 board.set(0, 1);

@@ -144,7 +144,8 @@ impl Space {
             return Attempt::Refused(StayReason::OutOfSystemMemory);
         };
         loop {
-            match self.kernel.move_out(page.into(), block.first()).result {
+            let confirmed = self.confirm(state, page.into());
+            match confirmed.and_then(|()| self.kernel.move_out(page.into(), block.first()).result) {
                 Ok(()) => break,
                 Err(Errno::AGAIN) => {
                     count(&self.counters.retries, 1);

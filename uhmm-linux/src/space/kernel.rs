@@ -98,6 +98,15 @@ impl Kernel {
         self.progress("move", Errno::NOMEM, || self.uffd.move_pages(from, to, options))
     }
 
+    /// Says what the kernel says to moving nothing: pages that do not exist, from `nothing` on, to
+    /// `range`. EINVAL says that this is not one mapping, registered with us, that pages can move to
+    /// from there; ENOENT and EEXIST say that it is.
+    pub(super) fn ask(&self, nothing: Page, range: PageRange) -> Result<(), Errno> {
+        let options = MoveOptions { wake: false, allow_holes: false };
+        let nothing = PageRange::from_pages(nothing, range.pages()).expect("as many pages");
+        self.uffd.move_pages(nothing, range.first(), options).result
+    }
+
     pub(super) fn copy_home(&self, from: Page, to: PageRange) -> Progress {
         self.progress("copy", Errno::NOMEM, || self.uffd.copy(from, to, true))
     }

@@ -85,13 +85,21 @@ impl Pool {
     }
 
     fn new(region: Region, kind: Kind) -> Arc<Pool> {
-        let buddy = Mutex::new(Buddy::new(region.range()));
+        // The first block is never given out.
+        let first = region.range().first().checked_add(Order::HUGE.pages()).expect("there are more");
+        let given_out = PageRange::from_bounds(first, region.range().last()).expect("as above");
+        let buddy = Mutex::new(Buddy::new(given_out));
         Arc::new(Pool { region, buddy, lost: AtomicU64::new(0), kind })
     }
 
     /// Returns where it is.
     pub(super) fn range(&self) -> PageRange {
         self.region.range()
+    }
+
+    /// Returns where no page ever is, for as many pages as a block has.
+    pub(super) fn nothing(&self) -> Page {
+        self.range().first()
     }
 
     /// Tells whether this is staging.

@@ -154,6 +154,25 @@ impl Space {
         Ok(())
     }
 
+    /// Tells whether the kernel has `range` registered for missing pages, as one mapping that pages
+    /// can move to, if it can tell now. What is noted here says less: a part that was unmapped before
+    /// it was registered, of which no event tells, and is mapped anew, is noted and not registered.
+    pub(super) fn confirm(&self, state: &mut State, range: PageRange) -> Result<(), Errno> {
+        let nothing = self.staging.nothing();
+        match self.kernel.ask(nothing, range) {
+            Err(Errno::NOENT | Errno::EXIST) => return Ok(()),
+            Err(Errno::INVAL) => {}
+            other => return other,
+        }
+        // Done again it is no less than it was, and what refuses then is not this.
+        self.kernel.register(range, Modes::MISSING)?;
+        state.registered.insert(numbers(range), Registered::Missing);
+        match self.kernel.ask(nothing, range) {
+            Err(Errno::NOENT | Errno::EXIST) => Ok(()),
+            other => other,
+        }
+    }
+
     /// Gives up the registration of chunks that have nothing out. Where one cannot be given up it
     /// stays: that costs time and no contents.
     pub(super) fn sweep(&self, state: &mut State) {

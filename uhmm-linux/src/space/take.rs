@@ -12,6 +12,7 @@ use super::state::{CHUNK, Place, State, Token, numbers, range_of};
 use super::{Space, count};
 use crate::sys::maps::{Kind, Vma};
 use crate::sys::pagemap::Categories;
+use crate::sys::userfaultfd::Progress;
 
 /// A part of a range that may be taken, with the mapping it is of.
 #[derive(Clone, Copy, Debug)]
@@ -345,7 +346,10 @@ impl Space {
         while let Some(rest) = next.and_then(|page| PageRange::from_bounds(page, pages.last())) {
             let offset = rest.first().number() - pages.first().number();
             let target = staged.first().checked_add(offset).expect("within the block");
-            let progress = self.kernel.move_out(rest, target);
+            let progress = match self.confirm(state, rest) {
+                Ok(()) => self.kernel.move_out(rest, target),
+                result => Progress { pages: 0, result },
+            };
             if progress.pages > 0 {
                 let moved = PageRange::from_pages(rest.first(), progress.pages);
                 let filled = PageRange::from_pages(target, progress.pages);

@@ -31,7 +31,7 @@ use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
-use uhmm::{Page, PageRange};
+use uhmm::PageRange;
 
 use self::arena::{Arena, SHARDS};
 
@@ -140,7 +140,7 @@ pub(crate) fn is_installed() -> bool {
 
 /// Tells whether `page` is in the arena.
 #[cfg(test)]
-fn contains(page: Page) -> bool {
+fn contains(page: uhmm::Page) -> bool {
     existing().is_some_and(|arena| arena.offset_of(page.address() as usize).is_some())
 }
 

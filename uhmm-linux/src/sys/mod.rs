@@ -20,6 +20,7 @@
 //! | [`process_vm`] | process_vm_readv(2) and process_vm_writev(2) | 3.2 |
 //! | [`pidfd`] | pidfd_open(2) | 5.3 |
 //! | [`sentinel`] | userfaultfd(2)'s events of forks, in the order of addresses | 4.11 |
+//! | [`allocator`] | memory that never moves, for the global allocator | any |
 //! | [`region`], [`thread`], [`objects`], [`fork`] | memory, threads, objects, fork | any |
 //! | [`probe`] | what of all this is to be had | any |
 //!

@@ -16,6 +16,8 @@ use rustix::thread::CpuSet;
 use uhmm::PageRange;
 use uhmm::mmu_notifier::VaRange;
 
+use super::allocator;
+
 /// How far around the thread pointer its variables are taken to be, in bytes.
 const TLS_BYTES: u64 = 64 << 10;
 
@@ -35,7 +37,9 @@ pub(crate) fn spawn<T: Send + 'static>(
 ) -> Result<JoinHandle<T>, Errno> {
     // A thread begins with the signal mask of the one that makes it.
     let before = SignalMask::block_all()?;
-    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(f);
+    // What the standard library keeps for the thread is as little to move as its stack.
+    let thread =
+        allocator::private(|| std::thread::Builder::new().name(name.to_owned()).spawn(f));
     drop(before);
     thread.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))
 }

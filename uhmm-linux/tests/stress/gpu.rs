@@ -16,7 +16,7 @@ use uhmm_linux::Process;
 use super::journal;
 
 /// How long a device goes on trying what may pass.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A device, as those use it who make it work.
 pub(crate) trait Gpu: Send + Sync {

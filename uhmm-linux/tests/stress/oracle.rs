@@ -30,7 +30,7 @@ pub(crate) const JOURNAL: &str = "UHMM_STRESS_JOURNAL";
 
 /// How long a thread may be at one step before it counts as hanging. Beside many others on few
 /// processors much of it is waiting for its turn.
-const STEP: Duration = Duration::from_secs(40);
+const STEP: Duration = Duration::from_secs(90);
 
 /// How long everybody works between two rests.
 const ROUND: Duration = Duration::from_millis(1500);

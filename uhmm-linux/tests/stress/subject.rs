@@ -24,6 +24,9 @@ use crate::common::trap;
 /// How long what changes were seen may take to be known to the devices, with nobody at work.
 const MOMENT: Duration = Duration::from_secs(10);
 
+/// How many pages are looked at by each device when everybody is at rest.
+const SAMPLE: usize = 64;
+
 /// The process while it is attached.
 pub(crate) struct Live {
     pub(crate) journal: &'static Journal,
@@ -389,13 +392,13 @@ fn settle(
     let mut random = Random::new(journal.seed.load(SeqCst), command);
     for device in 0..2 {
         let deadline = Instant::now() + MOMENT;
-        for page in 0..PAGES {
-            let word = random.below(WORDS);
+        for _ in 0..SAMPLE {
+            let (page, word) = (random.below(PAGES), random.below(WORDS));
             // A device that nobody tells anything must hear of what was done before, and soon.
-            while !looks.by_device(device, page, word) && !journal.has_failed() {
-                if !journal.pages[page].has(READABLE) {
-                    break;
-                }
+            while !looks.by_device(device, page, word)
+                && journal.pages[page].has(READABLE)
+                && !journal.has_failed()
+            {
                 if Instant::now() > deadline {
                     let name = live.gpus[device].name();
                     journal.complain(format_args!(

@@ -29,9 +29,9 @@ fn the_segments_hold_code_and_variables_and_no_heap_or_stack() {
     assert!(hold(&segments, &WITH_VALUE));
     assert!(hold(&segments, &ZERO));
     assert!(hold(&segments, &CONSTANT));
-    for code in [hold::<u64> as usize, libc::malloc as usize] {
-        let page = Page::containing(code as u64);
-        assert!(segments.iter().any(|range| range.contains(page)), "code at {code:#x}");
+    for code in [hold::<u64> as *const (), libc::malloc as *const ()] {
+        let page = Page::containing(code.addr() as u64);
+        assert!(segments.iter().any(|range| range.contains(page)), "code at {code:p}");
     }
     let local = 3_u64;
     assert!(!hold(&segments, &local));
