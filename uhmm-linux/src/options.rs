@@ -63,9 +63,9 @@ impl Options {
     /// Sets how long a page may fail to come home before the access to it fails. The default is 5
     /// seconds.
     ///
-    /// A load or store that fails raises `SIGBUS` in its thread, with the address, and the code
-    /// `BUS_OBJERR` where the device does not give the page, `BUS_ADRERR` where there is no memory
-    /// for it. A system call that fails says `EFAULT`. The page stays where it is, and a later
+    /// A load or store that fails raises `SIGBUS` in its thread, with the address, the code
+    /// `SI_QUEUE`, and in `si_errno` the reason: `EIO` where the device does not give the page,
+    /// `ENOMEM` where there is no memory for it. A system call that fails says `EFAULT`. The page stays where it is, and a later
     /// access tries again; after a system call, or where `SIGBUS` is blocked, only once it has come
     /// home after all, which is tried for as long.
     #[must_use]
@@ -104,9 +104,9 @@ impl Options {
     ///
     /// It matters only where this user is not told of forks
     /// ([`NoMigration::ForksUnseen`](crate::NoMigration::ForksUnseen)): without the promise nothing
-    /// moves there. With it everything comes home before each fork, and what does not within the
-    /// [patience](Options::patience) for it the child does not have: touching it there raises
-    /// `SIGSEGV`. Where the promise is broken, children read zeroes in the place of what was away.
+    /// moves there. With it everything comes home before each fork, and what cannot within 5 seconds
+    /// the child does not have: touching it there raises `SIGSEGV`. Where the promise is broken,
+    /// children read zeroes in the place of what was away.
     #[must_use]
     pub fn only_hooked_forks(mut self, yes: bool) -> Options {
         self.only_hooked_forks = yes;

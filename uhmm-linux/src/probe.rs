@@ -20,9 +20,9 @@ use rustix::process::{Resource, getrlimit};
 
 use crate::sys::maps::Maps;
 use crate::sys::pagemap::{Categories, Pagemap};
-use crate::sys::userfaultfd::{Faults, Features, Userfaultfd};
 use crate::sys::pidfd::Pidfd;
 use crate::sys::process_vm;
+use crate::sys::userfaultfd::{Faults, Features, Userfaultfd};
 
 /// Something of the kernel's that this crate uses, where it is to be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -217,7 +217,8 @@ pub fn probe() -> Probe {
         Finding::of(feature, found)
     }));
     findings.extend(other_findings());
-    let status = read("/proc/self/status");
+    // The threads that serve are made by the one that attaches, and get its filters.
+    let status = read("/proc/thread-self/status");
     Probe {
         kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
         findings,

@@ -270,6 +270,8 @@ impl Deref for Process {
 
 impl fmt::Debug for Process {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Process").field("address_space", &self.address_space).finish_non_exhaustive()
+        f.debug_struct("Process")
+            .field("address_space", &self.address_space)
+            .finish_non_exhaustive()
     }
 }

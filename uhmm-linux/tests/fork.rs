@@ -165,7 +165,8 @@ fn what_either_stores_after_a_fork_the_other_does_not_see() {
 fn pages_that_are_parked_are_in_the_child_too() {
     in_own_process(|| {
         let injector = uhmm::Injector::new();
-        let process = common::rig::attach_with(uhmm_linux::Options::new().injector(injector.clone()));
+        let process =
+            common::rig::attach_with(uhmm_linux::Options::new().injector(injector.clone()));
         for how in WAYS {
             let memory = Scattered::new(&process);
             memory.fill(1);
@@ -229,8 +230,7 @@ fn pages_in_transit_by_the_thread_that_forks_are_no_zeroes() {
             let pid = child(how, || {
                 let values = memory.part(0).iter().map(|page| trap::load(page.address()));
                 values.enumerate().all(|(index, value)| {
-                    value == Ok(Scattered::value(index as u64, 1))
-                        || is_poisoned(value)
+                    value == Ok(Scattered::value(index as u64, 1)) || is_poisoned(value)
                 })
             });
             assert_eq!(end_of(pid), End::Well, "{how:?}");
@@ -293,7 +293,11 @@ fn what_the_parent_does_to_its_mappings_meanwhile_is_not_done_to_the_child() {
             assert_eq!(at(ranges[1], index), Err(Trap::Unmapped), "b, {index}");
             assert_eq!(at(ranges[2], index), Ok(200 + index), "c, {index}");
             let discarded = (2..5).contains(&index);
-            assert_eq!(at(ranges[3], index), Ok(if discarded { 0 } else { 400 + index }), "d, {index}");
+            assert_eq!(
+                at(ranges[3], index),
+                Ok(if discarded { 0 } else { 400 + index }),
+                "d, {index}"
+            );
         }
         assert_eq!(device.used(), 0);
     });
@@ -608,7 +612,8 @@ fn a_child_of_a_parent_that_is_killed_at_any_time_has_everything() {
             send(middle, Signal::KILL);
             assert_eq!(end_of(middle), End::Signal(libc::SIGKILL));
             // Its children are ours now.
-            while let Ok(Some((pid, _))) = rustix::process::wait(rustix::process::WaitOptions::empty())
+            while let Ok(Some((pid, _))) =
+                rustix::process::wait(rustix::process::WaitOptions::empty())
             {
                 assert_ne!(pid.as_raw_nonzero().get() as u32, middle);
             }

@@ -149,7 +149,12 @@ fn never(steps: &[&'static str]) {
 #[test]
 fn service_goes_on_without_what_may_fail() {
     OwnProcess::new()
-        .run(|| never(&["register", "unregister", "staging", "scan", "move", "zeropage", "populate"]));
+        .run(|| never(&["register", "unregister", "staging", "move", "zeropage", "populate"]));
+}
+
+#[test]
+fn service_goes_on_without_a_look_at_the_page_table() {
+    OwnProcess::new().run(|| never(&["scan"]));
 }
 
 /// What has left without a copy and cannot come back stays away, and comes when it can.

@@ -115,7 +115,7 @@ fn a_mirror_that_a_child_inherits_is_no_mirror_there() {
                         // What it does to its memory is none of the parent's.
                         mapping.poke(1, 77);
                         let foreign = load(&held, mapping.page(2));
-                        assert_eq!(foreign, Err(FaultError::Released));
+                        assert!(foreign.is_err(), "{foreign:?}");
                         drop(held.take());
                         let right = owned.as_ref().expect("not dropped yet").is_right(1);
                         drop(owned.take());

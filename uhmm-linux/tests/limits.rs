@@ -6,7 +6,7 @@ use std::fs::File;
 use std::time::Duration;
 
 use common::children::{End, How, Scattered, WAYS, child, end_of};
-use common::memory::{Mapping, NONE, R, RW, protect};
+use common::memory::{Mapping, NONE, R, protect};
 use common::rig::{attach, attach_with};
 use common::{OwnProcess, in_own_process};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -16,7 +16,8 @@ use uhmm_linux::{AttachError, Options, Process};
 /// Lowers the soft limit.
 fn limit(resource: Resource, to: u64) -> Rlimit {
     let before = getrlimit(resource);
-    setrlimit(resource, Rlimit { current: Some(to), ..before }).expect("soft limits can be lowered");
+    setrlimit(resource, Rlimit { current: Some(to), ..before })
+        .expect("soft limits can be lowered");
     before
 }
 
@@ -217,6 +218,5 @@ fn thousands_of_mappings_move() {
         assert!(common::eventually(|| {
             process.migrate(mappings[1999].range(), &host).run().moved == 1
         }));
-        let _ = RW;
     });
 }

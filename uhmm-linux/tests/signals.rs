@@ -3,7 +3,6 @@
 mod common;
 
 use std::mem::MaybeUninit;
-use std::os::unix::thread::JoinHandleExt as _;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -59,8 +58,7 @@ fn load_by_pipe(pipe: &(std::os::fd::OwnedFd, std::os::fd::OwnedFd), address: u6
     use std::os::fd::AsRawFd as _;
     loop {
         // SAFETY: the kernel checks the address.
-        let written =
-            unsafe { libc::write(pipe.1.as_raw_fd(), address as *const libc::c_void, 8) };
+        let written = unsafe { libc::write(pipe.1.as_raw_fd(), address as *const libc::c_void, 8) };
         if written == 8 {
             break;
         }
@@ -128,14 +126,16 @@ fn handlers_touch_pages_that_are_away() {
         let ended = AtomicBool::new(false);
         thread::scope(|scope| {
             let (ended, mapping) = (&ended, &mapping);
+            let (tell, told) = std::sync::mpsc::channel();
             let user = scope.spawn(move || {
+                tell.send(this_thread()).expect("somebody waits");
                 while !ended.load(Ordering::SeqCst) {
                     // Also in the middle of a fault of its own.
                     assert_eq!(mapping.peek(2), 2);
                     common::raise(libc::SIGUSR2);
                 }
             });
-            let target = user.as_pthread_t();
+            let target = told.recv().expect("it says who it is");
             let storm = scope.spawn(move || {
                 while !ended.load(Ordering::SeqCst) {
                     // SAFETY: the thread is joined after this one.

@@ -3,7 +3,7 @@
 //! The page moves to staging, where the device works on it; what it leaves is a hole that the CPUs
 //! fault on. So a hold is a migration without a copy, and its end is a fault-back.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mmu_notifier::{Event, EventKind, Owner};
 use rustix::io::Errno;
@@ -12,6 +12,9 @@ use uhmm::{Access, FaultError, Order, Page, PageRange, StayReason};
 use super::state::{CHUNK, Extent, Place, State};
 use super::take::Candidate;
 use super::{Space, count};
+
+/// How long no page may be had of those that are to be held.
+const BUDGET: Duration = Duration::from_secs(1);
 
 /// How often a page may turn out to be shared or in use before it is taken to be pinned.
 const TRIES: u32 = 3;
@@ -52,6 +55,7 @@ impl Space {
     ) -> Result<(), FaultError> {
         let mut rest: Vec<Page> = self.not_held(piece, owner);
         let mut busy = 0;
+        let mut progress = Instant::now();
         while let Some(&first) = rest.first() {
             for &page in &rest {
                 self.fault_in(page.into(), Access::Write, None, deadline)?;
@@ -69,7 +73,15 @@ impl Space {
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                 return Err(FaultError::TimedOut { page: first });
             }
+            let before = rest.len();
             rest = self.not_held(piece, owner);
+            if rest.len() < before {
+                progress = Instant::now();
+            } else if !rest.is_empty() && progress.elapsed() > BUDGET {
+                // Such as a page that may be of before the program discarded it.
+                let (page, reason) = (rest[0], StayReason::Changed);
+                return Err(FaultError::NotExclusive { page, reason });
+            }
         }
         Ok(())
     }

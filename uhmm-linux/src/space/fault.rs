@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use uhmm::{Access, DevicePagemap, FaultError, Order, Page, PageRange};
 
 use super::Space;
+use super::home::Put;
 use super::state::{IsolationId, Place, State};
 use crate::sys::maps::Kind;
 
@@ -111,7 +112,7 @@ impl Space {
             match next {
                 Next::Sleep(..) => {}
                 Next::Home(pagemap, page, order) => pagemap.bring_home(self, page, order)?,
-                Next::Revoke(page) => self.revoke(page),
+                Next::Revoke(page) => drop(self.revoke(page)),
                 Next::Unpark(page) => {
                     let put = self.release_block(&mut self.lock(), page);
                     self.settle_unless_leading();
@@ -204,20 +205,22 @@ impl Space {
 
     /// Takes a page back from the device that holds it. The announcement has no owner, so that
     /// device hears of it as well.
-    pub(super) fn revoke(&self, page: Page) {
+    pub(super) fn revoke(&self, page: Page) -> Put {
         let range = PageRange::from(page);
         let announced =
             self.notifiers.invalidate_range_start(Event::new(EventKind::Clear, range.va_range()));
-        {
+        let put = {
             let mut state = self.lock();
-            if let Some((first, extent)) = state.at(page)
-                && matches!(extent.place, Place::Held { .. })
-            {
-                self.release_block(&mut state, first);
+            match state.at(page) {
+                Some((first, extent)) if matches!(extent.place, Place::Held { .. }) => {
+                    self.release_block(&mut state, first)
+                }
+                _ => Put::default(),
             }
-        }
+        };
         drop(announced);
         self.settle_unless_leading();
+        put
     }
 
     fn next_out(&self, state: &State, range: PageRange, keep: Option<Owner>) -> Option<Next> {

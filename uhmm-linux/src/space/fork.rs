@@ -43,8 +43,10 @@ use uhmm::{Order, Page, PageRange};
 use super::serve::AbortOnPanic;
 use super::state::{Place, State, is_in_limbo, numbers, range_of};
 use super::{Space, count, fatal, lock};
+use crate::sys::advise;
 use crate::sys::allocator;
 use crate::sys::fork::{self, Wiped};
+use crate::sys::maps;
 use crate::sys::sentinel::Sentinel;
 use crate::sys::userfaultfd::Userfaultfd;
 
@@ -94,6 +96,7 @@ impl Space {
             tracing::info!(target: "uhmm", pages = out, "come home for a fork");
             self.bring_home_for_fork();
         }
+        self.keep_from_child();
         self.be_silent();
     }
 
@@ -143,7 +146,36 @@ impl Space {
         })
     }
 
+    /// Keeps what is still out from a child that nobody will tell of, which therefore cannot be given
+    /// it: where the child touches it, it gets a signal, and not a zero.
+    fn keep_from_child(&self) {
+        if self.abilities.sees_forks {
+            return;
+        }
+        let out: Vec<PageRange> = {
+            let state = self.lock();
+            state.extents().map(|(first, extent)| first.block(extent.order)).collect()
+        };
+        for range in out {
+            let kept = maps::is_kept_from_children(range.first());
+            match kept.and_then(|kept| if kept { Ok(()) } else { advise::dontfork(range) }) {
+                Ok(()) if kept == Ok(true) => {}
+                Ok(()) => self.lock().kept_from_child.push(range),
+                // Nothing is mapped there any more.
+                Err(_) if matches!(self.kernel.vma(range.first()), Ok(None)) => {}
+                Err(error) => fatal("a child would read zeroes for pages that are away", error),
+            }
+        }
+    }
+
     fn after_fork(&self) {
+        let kept = std::mem::take(&mut self.lock().kept_from_child);
+        for range in kept {
+            // If it fails the next child lacks the range too, and gets a signal.
+            if let Err(error) = advise::dofork(range) {
+                tracing::warn!(target: "uhmm", %range, %error, "children do not get it any more");
+            }
+        }
         let mut state = self.lock();
         state.forking = state.forking.saturating_sub(1);
         self.announce_arrivals();

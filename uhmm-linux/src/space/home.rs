@@ -264,7 +264,7 @@ impl Space {
     }
 
     /// Returns how many pages of `range`, from the first on, are in the same mapping as the first.
-    fn pages_in_one_mapping(&self, range: PageRange) -> u64 {
+    pub(super) fn pages_in_one_mapping(&self, range: PageRange) -> u64 {
         match self.kernel.vma(range.first()) {
             Ok(Some(vma)) if vma.range.contains(range.first()) => {
                 vma.range.intersection(range).map_or(1, |part| part.pages())

@@ -236,10 +236,11 @@ impl Space {
             true => None,
         };
         if whole.is_none() && state.of_token(token).is_empty() {
-            left.push(contents);
+            // A block that adopted the contents ends before they do.
             if let Placement::Device(block) = placement {
                 left.push(Contents::Device(block));
             }
+            left.push(contents);
             if let Home::Buffer(block) = home {
                 left.push(Contents::Staged(block));
             }

@@ -143,6 +143,11 @@ impl Kernel {
         advise::is_locked(page.into())
     }
 
+    /// Returns what is mapped, as far as it can be told.
+    pub(super) fn vmas(&self) -> Vec<Vma> {
+        self.maps.all().unwrap_or_default()
+    }
+
     pub(super) fn vma(&self, page: Page) -> Result<Option<Vma>, Errno> {
         self.maps.at_or_after(page)
     }

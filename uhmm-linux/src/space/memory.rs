@@ -50,7 +50,8 @@ impl ProcessMemory {
         bytes: usize,
         run: impl FnOnce() -> Result<usize, Errno>,
     ) -> usize {
-        let Some(space) = self.space.upgrade() else { return 0 };
+        let Some(space) = self.space.upgrade().filter(|space| space.is_here()) else { return 0 };
+        space.reserve_this_thread();
         let pages = (offset + bytes).div_ceil(PAGE_SIZE).max(1) as u64;
         let pages = Page::new(frame.0).and_then(|first| PageRange::from_pages(first, pages).ok());
         let done = match pages {

@@ -253,9 +253,25 @@ impl Space {
         }
         // Whatever forked is known by now.
         state.released.clear();
+        self.decide_disputes(state);
         if !state.faults.is_empty() || self.leaves_aftermath(state) {
             self.call_leader();
         }
+    }
+
+    /// Finds out whether what was said to be unmapped is what was moved there later. No event is under
+    /// way, so what the kernel says of it is true.
+    fn decide_disputes(&self, state: &mut State) {
+        for range in std::mem::take(&mut state.disputed) {
+            let blocks: Vec<PageRange> =
+                state.overlapping(range).map(|(first, extent)| first.block(extent.order)).collect();
+            for block in blocks {
+                if self.kernel.ask(self.staging.nothing(), block) == Err(Errno::INVAL) {
+                    state.unmap(block);
+                }
+            }
+        }
+        state.superseded = rangemap::RangeSet::new();
     }
 
     /// Reads and applies what there is to read, without waiting, and tells whether there was
@@ -310,6 +326,9 @@ impl Space {
 
     /// Does what events have left to do. With no lock held, and outside callbacks.
     fn settle(&self) {
+        if self.lock().aftermath.is_empty() {
+            return;
+        }
         // One after the other: what is doomed in the middle of this is freed by the next, and only
         // when this one has told every device.
         let turn = lock(&self.settling);

@@ -69,7 +69,8 @@ impl Pool {
         at_least: usize,
         kernel: &Arc<Kernel>,
     ) -> Result<Arc<Pool>, Errno> {
-        let options = RegionOptions { dont_fork: true, huge: Some(false), grows: true, ..Default::default() };
+        let options =
+            RegionOptions { dont_fork: true, huge: Some(false), grows: true, ..Default::default() };
         let region = Region::reserve_at_most(bytes, at_least, options)?;
         kernel.register(region.range(), Modes::MISSING)?;
         let [occupied, adopting] = [(); 2].map(|()| PageBits::new(region.range()));
@@ -79,14 +80,16 @@ impl Pool {
 
     /// Reserves buffers of at most `bytes`.
     pub(super) fn buffers(bytes: usize, at_least: usize) -> Result<Arc<Pool>, Errno> {
-        let options = RegionOptions { dont_fork: true, huge: Some(true), grows: true, ..Default::default() };
+        let options =
+            RegionOptions { dont_fork: true, huge: Some(true), grows: true, ..Default::default() };
         let region = Region::reserve_at_most(bytes, at_least, options)?;
         Ok(Pool::new(region, Kind::Buffers))
     }
 
     fn new(region: Region, kind: Kind) -> Arc<Pool> {
         // The first block is never given out.
-        let first = region.range().first().checked_add(Order::HUGE.pages()).expect("there are more");
+        let first =
+            region.range().first().checked_add(Order::HUGE.pages()).expect("there are more");
         let given_out = PageRange::from_bounds(first, region.range().last()).expect("as above");
         let buddy = Mutex::new(Buddy::new(given_out));
         Arc::new(Pool { region, buddy, lost: AtomicU64::new(0), kind })

@@ -88,6 +88,19 @@ impl Space {
             Registered::Watched => &state.own,
         };
         let gaps: Vec<_> = gaps.iter().flat_map(|gap| never.gaps(gap)).collect();
+        // And where it is not known what servers use, nothing else is touched than what was named.
+        let gaps: Vec<_> = match &state.managed {
+            None => gaps,
+            Some(managed) => {
+                let within = |gap: &std::ops::Range<u64>| -> Vec<_> {
+                    let cut = |part: &std::ops::Range<u64>| {
+                        part.start.max(gap.start)..part.end.min(gap.end)
+                    };
+                    managed.overlapping(gap).map(cut).collect()
+                };
+                gaps.iter().flat_map(within).collect()
+            }
+        };
         for gap in gaps {
             if state.registered.len() >= self.max_registrations {
                 return Err(Errno::NOMEM);
@@ -186,7 +199,10 @@ impl Space {
     /// Gives up the registration of a chunk if it has nothing out, and says whether it did.
     pub(super) fn release_chunk(&self, state: &mut State, chunk: u64) -> bool {
         let range = chunk_range(chunk);
-        if !state.is_chunk_empty(chunk) {
+        if state.is_anything_out() {
+            // What is out may be moved here by mremap(2) at any moment, and must not find the chunk
+            // unregistered. So nothing is given up before everything is home.
+            state.emptied.insert(chunk);
             return false;
         }
         self.clear_doubts(state, range);
@@ -214,6 +230,8 @@ impl Space {
     /// costs a move and no contents.
     pub(super) fn doubt(&self, state: &mut State, range: PageRange) {
         let whole = numbers(range);
+        let doubtful: Vec<_> = state.reserved.gaps(&whole).collect();
+        doubtful.into_iter().for_each(|part| state.doubtful.insert(part));
         let pieces: Vec<_> = state
             .registered
             .overlapping(whole.clone())
@@ -224,14 +242,12 @@ impl Space {
             let parts: Vec<_> = state.reserved.gaps(&piece).collect();
             for part in parts {
                 let pages = range_of(part.clone());
-                if how == Registered::Watched {
-                    if self.kernel.register(pages, Modes::MISSING).is_err() {
-                        // Memory of a kind that does not leave.
-                        continue;
-                    }
+                // Where this is refused the memory is of a kind that does not leave, or stays in
+                // doubt.
+                if how == Registered::Watched && self.kernel.register(pages, Modes::MISSING).is_ok()
+                {
                     state.registered.insert(part.clone(), Registered::Missing);
                 }
-                state.doubtful.insert(part);
                 let chunks = chunk_of(pages.first())..=chunk_of(pages.last());
                 state.emptied.extend(chunks);
             }

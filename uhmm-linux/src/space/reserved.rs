@@ -34,6 +34,7 @@ pub(super) fn arena() -> Option<PageRange> {
 impl Space {
     /// Lets `range` move, where not everything may.
     pub(crate) fn manage(&self, range: PageRange) {
+        self.reserve_this_thread();
         if let Some(managed) = &mut self.lock().managed {
             managed.insert(numbers(range));
         }

@@ -56,7 +56,7 @@ struct Team {
 /// What a fault takes that others may delay.
 enum Task {
     Home { pagemap: Arc<DevicePagemap>, page: Page, order: Order, fault: Fault },
-    Revoke(Page),
+    Revoke(Fault),
     Settle,
 }
 
@@ -130,17 +130,24 @@ impl Servers {
         }
     }
 
-    /// Lets another server lead, so that this one can do `tasks`. If none has time they are left for
-    /// the first that has.
-    fn hand_over(&self, tasks: Tasks) -> Option<Tasks> {
+    /// Lets another server lead, so that this one can do the first of `tasks`; the others are for whoever
+    /// has time. If nobody has, so is the first.
+    fn hand_over(&self, tasks: Tasks) -> Option<Task> {
         let mut team = lock(&self.team);
         if team.idle == 0 {
             team.backlog.extend(tasks);
             return None;
         }
         team.led = false;
-        self.turn.notify_one();
-        Some(tasks)
+        // Each by itself: one may have to wait for another.
+        let mut tasks = tasks.into_iter();
+        let own = tasks.next()?;
+        team.backlog.extend(tasks);
+        match team.backlog.is_empty() {
+            true => self.turn.notify_one(),
+            false => self.turn.notify_all(),
+        }
+        Some(own)
     }
 }
 
@@ -206,10 +213,10 @@ impl Space {
             match self.servers.wait_for_turn() {
                 Turn::Lead => {
                     LEADING.set(true);
-                    let tasks = self.lead();
+                    let task = self.lead();
                     LEADING.set(false);
-                    let Some(tasks) = tasks else { break };
-                    tasks.into_iter().for_each(|task| self.perform(task));
+                    let Some(task) = task else { break };
+                    self.perform(task);
                 }
                 Turn::Perform(task) => self.perform(task),
                 Turn::End => break,
@@ -223,7 +230,7 @@ impl Space {
     ///
     /// It waits only when there was nothing to read: a thread that has got its page has mostly
     /// touched the next one by now, and to read is less work than to be woken.
-    fn lead(&self) -> Option<Tasks> {
+    fn lead(&self) -> Option<Task> {
         let mut due: Option<Instant> = None;
         loop {
             let mut tasks = Tasks::new();
@@ -231,6 +238,9 @@ impl Space {
                 let mut state = self.lock();
                 let state = &mut *state;
                 let found = self.read_messages(state);
+                if !state.superseded.is_empty() {
+                    self.drain(state);
+                }
                 self.serve_quickly(state, &mut tasks);
                 if due.take_if(|due| *due <= Instant::now()).is_some() {
                     self.sweep(state);
@@ -240,7 +250,8 @@ impl Space {
                 if !state.aftermath.is_empty() {
                     tasks.push(Task::Settle);
                 }
-                let unfinished = !state.emptied.is_empty() || !state.retries.is_empty();
+                let idle = !state.emptied.is_empty() && !state.is_anything_out();
+                let unfinished = idle || !state.retries.is_empty();
                 due = due.filter(|_| unfinished);
                 if unfinished && due.is_none() {
                     due = Some(Instant::now() + PAUSE);
@@ -251,9 +262,9 @@ impl Space {
             tasks.retain(|task| !self.perform_at_once(task));
             let performed = tasks.len() < wanted;
             if !tasks.is_empty()
-                && let Some(tasks) = self.servers.hand_over(tasks)
+                && let Some(task) = self.servers.hand_over(tasks)
             {
-                return Some(tasks);
+                return Some(task);
             }
             if !found && !performed && !self.wait_for_message(due) {
                 return None;
@@ -305,7 +316,7 @@ impl Space {
                 }
                 Place::Held { .. } => {
                     count(&self.counters.revoked, 1);
-                    tasks.push(Task::Revoke(fault.page));
+                    tasks.push(Task::Revoke(fault));
                 }
                 Place::Parked(_) => {
                     if self.release_block(state, first).parked > 0 {
@@ -320,9 +331,16 @@ impl Space {
     fn serve_hole(&self, state: &mut State, fault: Fault) {
         let Fault { page, .. } = fault;
         let range = PageRange::from(page);
+        if state.poisoned.contains(&page.number()) {
+            self.lift_poison(state, fault);
+            return;
+        }
         if self.staging.range().contains(page) {
             self.staging.fill(range);
-        } else if self.release_chunk(state, chunk_of(page)) {
+        } else if self.is_registered_missing(state, range)
+            && self.release_chunk(state, chunk_of(page))
+        {
+            // What `mremap` has grown is registered without our knowing, and would not be released.
             // The kernel fills it, and all others, by itself.
             return;
         }
@@ -339,6 +357,23 @@ impl Space {
             // Another has filled it, or it is not mapped any more: the thread finds out.
             Err(Errno::EXIST | Errno::NOENT | Errno::INVAL | Errno::SRCH) => self.wake(range),
             Err(_) => self.retry(state, fault, Failure::Memory),
+        }
+    }
+
+    /// Lets a page be touched again that was poisoned and is not out: it is zeroes.
+    fn lift_poison(&self, state: &mut State, fault: Fault) {
+        let range = PageRange::from(fault.page);
+        match self.kernel.copy_home(self.zeroes.first(), range).result {
+            Err(Errno::AGAIN) => {
+                self.drain(state);
+                state.faults.push_back(fault);
+            }
+            Err(Errno::NOMEM) => self.retry(state, fault, Failure::Memory),
+            // It is there, or was replaced, or is gone.
+            Ok(()) | Err(_) => {
+                state.poisoned.remove(super::state::numbers(range));
+                self.wake(range);
+            }
         }
     }
 
@@ -390,8 +425,8 @@ impl Space {
     /// Does a task if that takes nobody else.
     fn perform_at_once(&self, task: &Task) -> bool {
         let Task::Home { pagemap, page, order, fault } = task else { return false };
-        // Nobody to tell, and nothing to copy.
-        if self.notifiers.live() > 0 || !self.is_in_place(*page) {
+        // Nobody to tell, nobody to ask, and nothing to copy.
+        if self.notifiers.live() > 0 || !pagemap.policies().is_none() || !self.is_in_place(*page) {
             return false;
         }
         self.bring(pagemap, *page, *order, *fault);
@@ -409,7 +444,10 @@ impl Space {
     fn perform(&self, task: Task) {
         match task {
             Task::Home { pagemap, page, order, fault } => self.bring(&pagemap, page, order, fault),
-            Task::Revoke(page) => self.revoke(page),
+            Task::Revoke(fault) => match self.revoke(fault.page).parked {
+                0 => self.look_after(fault.page),
+                _ => self.retry(&mut self.lock(), fault, Failure::Memory),
+            },
             Task::Settle => {}
         }
         self.settle();
@@ -493,6 +531,11 @@ impl Space {
             std::thread::sleep(PAUSE);
         }
         let mut state = self.lock();
+        // Also what the kernel registered as a part of what grew.
+        for vma in self.kernel.vmas() {
+            // What was not registered is refused, and that is all.
+            let _ = self.kernel.uffd().unregister(vma.range);
+        }
         let registered: Vec<_> = state.registered.iter().map(|(range, _)| range.clone()).collect();
         for range in registered {
             // Closing the userfaultfd does what is left.

@@ -169,6 +169,8 @@ pub(super) struct State {
     pub(super) released: RangeSet<u64>,
     /// Whether forks are held back.
     pub(super) armed: bool,
+    /// What is kept from the children of forks that are about to happen.
+    pub(super) kept_from_child: Vec<PageRange>,
     /// A descriptor to be closed when there is no room for that of a child.
     pub(super) spare: Option<OwnedFd>,
     /// What a child finds wiped. Open while forks are held back.
@@ -178,6 +180,11 @@ pub(super) struct State {
     /// Where the next page goes that only children still need.
     limbo: u64,
     pub(super) messages: Messages,
+    /// Where mappings were moved to since no event was under way: an event that says that something
+    /// was unmapped there may be of before, since who changes a mapping tells of it afterwards.
+    pub(super) superseded: RangeSet<u64>,
+    /// What such events said. To be decided when no event is under way.
+    pub(super) disputed: Vec<PageRange>,
     /// How many events have been applied.
     pub(super) epoch: u64,
     /// What they have met.
@@ -225,11 +232,14 @@ impl State {
             children: Vec::new(),
             released: RangeSet::new(),
             armed: false,
+            kept_from_child: Vec::new(),
             spare: None,
             wiped: None,
             crowded: None,
             limbo: LIMBO,
             messages: Messages::new(),
+            superseded: RangeSet::new(),
+            disputed: Vec::new(),
             epoch: 0,
             overtaken: Overtaken::default(),
             forking: 0,
@@ -380,11 +390,6 @@ impl State {
         Some(before)
     }
 
-    /// Tells whether a chunk has pages out.
-    pub(super) fn is_chunk_empty(&self, chunk: u64) -> bool {
-        !self.counts.contains_key(&chunk)
-    }
-
     /// Halves extents until none lies across an edge of `range`.
     pub(super) fn carve(&mut self, range: PageRange) {
         for edge in [range.first(), range.last()] {
@@ -452,11 +457,15 @@ impl State {
             Message::Fork(_) => None,
             Message::Unmap(range) => {
                 self.epoch += 1;
-                self.registered.remove(numbers(range));
-                self.watched.remove(numbers(range));
-                self.doubtful.remove(numbers(range));
-                self.poisoned.remove(numbers(range));
-                Some(self.lose(EventKind::Unmap, range))
+                let whole = numbers(range);
+                let disputed: Vec<_> = self.superseded.overlapping(&whole).cloned().collect();
+                for part in &disputed {
+                    let part = part.start.max(whole.start)..part.end.min(whole.end);
+                    self.disputed.push(range_of(part));
+                }
+                let parts: Vec<_> = self.superseded.gaps(&whole).collect();
+                parts.into_iter().for_each(|part| self.unmap(range_of(part)));
+                Some(range)
             }
             Message::Remove(range) => {
                 self.epoch += 1;
@@ -467,9 +476,19 @@ impl State {
             Message::Remap { from, to } => {
                 self.epoch += 1;
                 self.remap(from, to);
-                None
+                // Whoever slept for a page there finds out what became of it.
+                Some(from)
             }
         }
+    }
+
+    /// Forgets what there was in `range`.
+    pub(super) fn unmap(&mut self, range: PageRange) {
+        self.registered.remove(numbers(range));
+        self.watched.remove(numbers(range));
+        self.doubtful.remove(numbers(range));
+        self.poisoned.remove(numbers(range));
+        self.lose(EventKind::Unmap, range);
     }
 
     /// Drops what is out in `range`, which the program has unmapped or discarded.
@@ -524,6 +543,16 @@ impl State {
             let piece = range.start.max(numbers(from).start)..range.end.min(numbers(from).end);
             self.doubtful.insert(moved(piece.start)..moved(piece.end));
         }
+        let poisoned: Vec<_> = self.poisoned.overlapping(&numbers(from)).cloned().collect();
+        self.poisoned.remove(numbers(from));
+        for range in poisoned {
+            let piece = range.start.max(numbers(from).start)..range.end.min(numbers(from).end);
+            self.poisoned.insert(moved(piece.start)..moved(piece.end));
+        }
+        // Whoever unmapped what was there before may not have said so yet. What it says then is not
+        // about what comes now.
+        let stale = self.lose(EventKind::Unmap, target);
+        self.superseded.insert(numbers(stale));
         self.children.iter_mut().for_each(|child| child.follow(&numbers(from), to));
         let taken = self.take(from);
         self.overtaken.remapped.note(&taken);

@@ -343,7 +343,15 @@ impl Space {
         let mut undisturbed = true;
         let mut tries = 0;
         let mut next = Some(pages.first());
+        // How much is in one mapping, where the block is found to be in several.
+        let mut span = None;
         while let Some(rest) = next.and_then(|page| PageRange::from_bounds(page, pages.last())) {
+            let rest = match span {
+                Some(span) if span < rest.pages() => {
+                    PageRange::from_pages(rest.first(), span).expect("a mapping has a page")
+                }
+                _ => rest,
+            };
             let offset = rest.first().number() - pages.first().number();
             let target = staged.first().checked_add(offset).expect("within the block");
             let progress = match self.confirm(state, rest) {
@@ -381,7 +389,15 @@ impl Space {
                 }
                 Err(Errno::NOENT) => (self.absent(rest), Fate::Zero),
                 Err(Errno::BUSY) => (page, Fate::Shared),
-                Err(Errno::INVAL) => (rest, Fate::Stayed(self.explain_refusal(rest.first()))),
+                Err(Errno::INVAL) => {
+                    let mapped = self.pages_in_one_mapping(rest);
+                    if mapped < rest.pages() {
+                        span = Some(mapped);
+                        continue;
+                    }
+                    span = None;
+                    (rest, Fate::Stayed(self.explain_refusal(rest.first())))
+                }
                 Err(Errno::NOMEM) => (page, Fate::Stayed(StayReason::OutOfSystemMemory)),
                 Err(_) => (page, Fate::Stayed(self.explain_failure(rest.first()))),
             };
@@ -445,7 +461,10 @@ impl Space {
         shared.sort();
         for run in runs_of(shared) {
             let free = self.lock().gaps(run) == [run];
+            let thread = mmu_notifier::thread_number();
+            self.lock().populating.insert(thread, run);
             let own = free && self.kernel.populate(run, true).is_ok();
+            self.lock().populating.remove(&thread);
             let mapping = candidates.iter().find(|candidate| candidate.pages.covers(run));
             match (own, mapping) {
                 (true, Some(&Candidate { mapping, .. })) => {
@@ -522,7 +541,7 @@ impl Space {
                     (true, _) if covered.covers(pages) => {
                         isolation.take_from_device(&mut state, first, order);
                     }
-                    (true, _) => isolation.stay(pages, StayReason::Busy),
+                    (true, _) => isolation.stay(pages, StayReason::InTransit),
                     (false, true) => isolation.stay(pages, StayReason::InTransit),
                     (false, false) => isolation.stay(pages, StayReason::Elsewhere),
                 }

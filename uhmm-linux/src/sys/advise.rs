@@ -72,6 +72,16 @@ pub(crate) fn dontfork(range: PageRange) -> Result<(), Errno> {
     advise(range, Advice::LinuxDontFork)
 }
 
+/// Lets processes that are forked later have the mappings of `range` again.
+///
+/// # Errors
+///
+/// Those of [`dontfork`].
+#[doc(alias = "MADV_DOFORK")]
+pub(crate) fn dofork(range: PageRange) -> Result<(), Errno> {
+    advise(range, Advice::LinuxDoFork)
+}
+
 /// Asks for huge pages in `range`.
 ///
 /// # Errors

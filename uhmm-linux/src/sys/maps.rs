@@ -287,6 +287,24 @@ impl Maps {
     }
 }
 
+/// Tells whether children do not get the mapping that holds `page` (`MADV_DONTFORK`). Only the text of
+/// `/proc/self/smaps` says so, which walks all page tables.
+///
+/// # Errors
+///
+/// Those of reading it.
+pub(crate) fn is_kept_from_children(page: Page) -> Result<bool, Errno> {
+    let text = std::fs::read("/proc/self/smaps")
+        .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    let mut lines = text.split(|&byte| byte == b'\n');
+    let holds = |line: &[u8]| parse_mapping(line).is_some_and(|(vma, _)| vma.range.contains(page));
+    if !lines.any(holds) {
+        return Ok(false);
+    }
+    let flags = lines.find_map(|line| line.strip_prefix(b"VmFlags:")).unwrap_or_default();
+    Ok(flags.split(|&byte| byte == b' ').any(|flag| flag == b"dc"))
+}
+
 /// Takes the line of a mapping apart: what it says, but for the page size and the kind, and the
 /// name. `None` for lines of another form.
 fn parse_mapping(line: &[u8]) -> Option<(Vma, &[u8])> {

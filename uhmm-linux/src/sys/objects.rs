@@ -17,8 +17,8 @@ pub(crate) fn segments() -> Vec<PageRange> {
         // SAFETY: see `each_object`: the headers are those of a loaded object.
         let headers = unsafe { headers_of(info) };
         for header in headers.iter().filter(|header| header.p_type == libc::PT_LOAD) {
-            let start = u64::from(info.dlpi_addr).wrapping_add(u64::from(header.p_vaddr));
-            ranges.extend(covering(start, u64::from(header.p_memsz)));
+            let start = info.dlpi_addr.wrapping_add(header.p_vaddr);
+            ranges.extend(covering(start, header.p_memsz));
         }
     })
 }
@@ -34,7 +34,7 @@ pub(crate) fn thread_local_segments() -> Vec<PageRange> {
         let headers = unsafe { headers_of(info) };
         for header in headers.iter().filter(|header| header.p_type == libc::PT_TLS) {
             let start = info.dlpi_tls_data.addr() as u64;
-            ranges.extend(covering(start, u64::from(header.p_memsz)));
+            ranges.extend(covering(start, header.p_memsz));
         }
     })
 }

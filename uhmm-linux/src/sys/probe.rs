@@ -52,8 +52,8 @@ pub(crate) fn populate() -> Result<(), Errno> {
 /// `EINVAL` if the kernel does not know how; `ENOSYS` or `EPERM` if it is not to be had.
 pub(crate) fn seccomp_notification(killable: bool) -> Result<(), Errno> {
     const WAIT_KILLABLE_RECV: libc::c_ulong = 1 << 5;
-    let flags = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER
-        | if killable { WAIT_KILLABLE_RECV } else { 0 };
+    let flags =
+        libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | if killable { WAIT_KILLABLE_RECV } else { 0 };
     let no_filter = ptr::null::<libc::sock_fprog>();
     // SAFETY: a filter that cannot be read is not installed. The flags are looked at before that.
     let result = unsafe {

@@ -15,8 +15,8 @@ use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
-use rustix::process::Pid;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+use rustix::process::Pid;
 use uhmm::{Order, PAGE_SIZE, Page, PageRange};
 
 /// The bytes of a word, the unit of every access.
@@ -127,7 +127,8 @@ impl Region {
         let growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.accessible.load(Ordering::Acquire);
         if end > now {
-            let wanted = end.saturating_add(STEP.max(now / 8)).next_multiple_of(Order::HUGE.bytes());
+            let wanted =
+                end.saturating_add(STEP.max(now / 8)).next_multiple_of(Order::HUGE.bytes());
             self.open_up_to(now, wanted.min(self.bytes))?;
         }
         drop(growing);

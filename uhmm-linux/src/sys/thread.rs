@@ -38,8 +38,7 @@ pub(crate) fn spawn<T: Send + 'static>(
     // A thread begins with the signal mask of the one that makes it.
     let before = SignalMask::block_all()?;
     // What the standard library keeps for the thread is as little to move as its stack.
-    let thread =
-        allocator::private(|| std::thread::Builder::new().name(name.to_owned()).spawn(f));
+    let thread = allocator::private(|| std::thread::Builder::new().name(name.to_owned()).spawn(f));
     drop(before);
     thread.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))
 }
@@ -135,9 +134,9 @@ pub(crate) fn set_affinity(tid: u32, cpus: &[u32]) -> Result<(), Errno> {
 /// What a `SIGBUS` says went wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum BusCode {
-    /// `BUS_ADRERR`: there is no memory for the page.
+    /// `ENOMEM`: there is no memory for the page.
     NoMemory,
-    /// `BUS_OBJERR`: what has the page does not give it.
+    /// `EIO`: what has the page does not give it.
     Hardware,
 }
 
@@ -146,9 +145,12 @@ pub(crate) enum BusCode {
 pub(crate) fn takes_sigbus(tid: u32) -> bool {
     let mut text = [0_u8; 4096];
     // Where it waits in its own code, the number of its system call is -1.
-    let outside = read_of(tid, "syscall", &mut text).is_ok_and(|length| text[..length].starts_with(b"-1 "));
+    let outside =
+        read_of(tid, "syscall", &mut text).is_ok_and(|length| text[..length].starts_with(b"-1 "));
     outside
-        && read_of(tid, "status", &mut text).ok().and_then(|length| blocked_in(&text[..length]))
+        && read_of(tid, "status", &mut text)
+            .ok()
+            .and_then(|length| blocked_in(&text[..length]))
             .is_some_and(|blocked| blocked & (1 << (libc::SIGBUS - 1)) == 0)
 }
 
@@ -159,7 +161,8 @@ fn blocked_in(status: &[u8]) -> Option<u64> {
     u64::from_str_radix(str::from_utf8(digits).ok()?.trim(), 16).ok()
 }
 
-/// Sends thread `tid` of this process the signal that the kernel sends where it cannot bring a page.
+/// Sends thread `tid` of this process the signal that the kernel sends where it cannot bring a page,
+/// with the address, the code `SI_QUEUE`, and the reason as `si_errno`.
 ///
 /// # Errors
 ///
@@ -170,9 +173,11 @@ pub(crate) fn send_sigbus(tid: u32, address: u64, code: BusCode) -> Result<(), E
     // SAFETY: all zeroes are a `siginfo_t`.
     let mut info: libc::siginfo_t = unsafe { core::mem::zeroed() };
     info.si_signo = libc::SIGBUS;
-    info.si_code = match code {
-        BusCode::NoMemory => libc::BUS_ADRERR,
-        BusCode::Hardware => libc::BUS_OBJERR,
+    // The codes of the kernel's own signals are the kernel's to send.
+    info.si_code = libc::SI_QUEUE;
+    info.si_errno = match code {
+        BusCode::NoMemory => libc::ENOMEM,
+        BusCode::Hardware => libc::EIO,
     };
     let fields = (&raw mut info).cast::<u64>();
     // SAFETY: the address is the first of the fields that depend on the signal, 16 bytes into a

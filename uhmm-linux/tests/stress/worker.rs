@@ -466,18 +466,23 @@ impl<'a> Worker<'a> {
         };
         if done.is_ok() {
             sheets.iter().zip(targets).for_each(|(from, to)| enter_move(from, to, leaving));
+        } else {
+            // They were not one mapping, and nobody says how far the kernel came.
+            self.journal.count(Overlap::moves_refused, 1);
+            for range in [from, to] {
+                let mapped = memory::map(range, Backing::Anonymous, RW);
+                self.must(first, mapped);
+            }
+            for sheet in all() {
+                sheet.state.store(USUAL, SeqCst);
+                sheet.clear();
+            }
         }
         if announced {
             all().for_each(|sheet| sheet.announced.store(sheet.changes.load(SeqCst), SeqCst));
         }
         all().for_each(Sheet::end);
         self.actor().done();
-        if done.is_err() {
-            // They were not one mapping, and nobody says how far the kernel came.
-            self.journal.count(Overlap::moves_refused, 1);
-            self.map_at(first, pages);
-            self.map_at(target, pages);
-        }
     }
 
     fn protect(&mut self) {

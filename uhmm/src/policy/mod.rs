@@ -244,6 +244,11 @@ impl Policies {
         Policies(Vec::new())
     }
 
+    /// Tells whether nobody is asked: pages come home one by one, and nobody waits.
+    pub fn is_none(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Asks `policy` last. Pass an [`Arc`] by [`and_shared`](Policies::and_shared) to go on
     /// talking to it.
     #[must_use]

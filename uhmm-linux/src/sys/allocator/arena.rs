@@ -50,7 +50,7 @@ const LARGEST_ALIGN: usize = 1 << 30;
 /// 3. The numbers before `parts.first` are taken in `used`, and never given back.
 #[repr(C)]
 pub(super) struct Arena {
-    base: NonNull<u8>,
+    base: *mut u8,
     bytes: usize,
     parts: Parts,
     /// Up to which number spans are accessible.
@@ -139,19 +139,15 @@ impl Arena {
     ///
     /// The memory is as invariants 1 and 2 want it with nothing committed, and is the caller's.
     unsafe fn begin(base: NonNull<u8>, bytes: usize, parts: Parts) -> &'static Arena {
-        let arena = base.cast::<Arena>().as_ptr();
-        // Only what is not zero is written: the whole would not fit every stack.
-        // SAFETY: the caller's contract: the memory is ours, and there is room.
-        unsafe { (&raw mut (*arena).base).write(base) };
-        // SAFETY: as above.
-        unsafe { (&raw mut (*arena).bytes).write(bytes) };
-        // SAFETY: as above.
-        unsafe { (&raw mut (*arena).parts).write(parts) };
-        // SAFETY: as above.
-        unsafe { (&raw mut (*arena).committed).write(AtomicU32::new(parts.first)) };
-        // SAFETY: all fields are valid: those written, and the rest, which are zero (invariant 2).
-        // The memory is never unmapped once somebody knows of it, and from here on only shared.
-        let arena: &'static Arena = unsafe { &*arena };
+        // SAFETY: the caller's contract: the memory is ours and there is room. Zeroes are a value of
+        // each field (invariant 2).
+        let arena: &'static mut Arena = unsafe { base.cast().as_mut() };
+        arena.base = base.as_ptr();
+        arena.bytes = bytes;
+        arena.parts = parts;
+        arena.committed = AtomicU32::new(parts.first);
+        // From here on only shared.
+        let arena: &'static Arena = arena;
         let own = arena.runs().take_exactly(0, parts.first);
         debug_assert!(own.is_ok(), "a new arena has no spans in use");
         arena
@@ -170,14 +166,14 @@ impl Arena {
 
     /// Returns the range of pages of the arena.
     pub(super) fn range(&self) -> PageRange {
-        PageRange::new(self.base.addr().get() as u64, self.bytes as u64)
+        PageRange::new(self.base.addr() as u64, self.bytes as u64)
             .expect("an arena begins and ends at the edge of a page")
     }
 
     /// Returns how far in the arena `address` is; `None` where it is not.
     #[inline]
     pub(super) fn offset_of(&self, address: usize) -> Option<usize> {
-        let offset = address.wrapping_sub(self.base.addr().get());
+        let offset = address.wrapping_sub(self.base.addr());
         (offset < self.bytes).then_some(offset)
     }
 
@@ -349,7 +345,7 @@ impl Arena {
 
     /// Makes the spans from `from` to before `to`, and the data of all before `to`, accessible.
     fn allow_spans(&self, from: u32, to: u32) -> Result<(), Errno> {
-        let base = self.base.as_ptr().cast::<c_void>();
+        let base = self.base.cast::<c_void>();
         // SAFETY: it is within the arena (invariant 1), whose own data is at its start.
         unsafe { allow(base, self.parts.table + to as usize * size_of::<Span>()) }?;
         let bytes = (to - from) as usize * SPAN_BYTES;
@@ -360,7 +356,7 @@ impl Arena {
     /// Returns what is known of the spans.
     #[inline]
     fn spans(&self) -> Spans<'_> {
-        let table = self.base.as_ptr().wrapping_add(self.parts.table).cast::<Span>();
+        let table = self.base.wrapping_add(self.parts.table).cast::<Span>();
         // SAFETY: it has room for all, and those of accessible spans are accessible, valid and only
         // shared (invariant 2). Numbers are only passed of spans that were taken, and so were made
         // accessible before anybody could hear of them.
@@ -370,7 +366,7 @@ impl Arena {
     /// Returns the address of the byte at `offset` in a span.
     #[inline]
     fn at(&self, number: u32, offset: u32) -> *mut u8 {
-        self.base.as_ptr().wrapping_add(number as usize * SPAN_BYTES + offset as usize)
+        self.base.wrapping_add(number as usize * SPAN_BYTES + offset as usize)
     }
 
     /// Checks that the arena is whole. Nobody may be using it.
@@ -393,7 +389,7 @@ impl Arena {
     fn runs(&self) -> Runs<'_> {
         let words = self.bytes / SPAN_BYTES / u64::BITS as usize;
         let bits = |offset: usize| {
-            let start = self.base.as_ptr().wrapping_add(offset).cast::<AtomicU64>();
+            let start = self.base.wrapping_add(offset).cast::<AtomicU64>();
             // SAFETY: so many words are there, accessible and zero to begin with, and only accessed
             // like this (invariant 2). They are aligned because the parts are.
             unsafe { core::slice::from_raw_parts(start, words) }

@@ -97,7 +97,8 @@ pub(super) fn class_for(layout: Layout) -> Option<usize> {
     if size > LARGEST {
         return None;
     }
-    (class_of(size)..CLASSES).find(|&class| ALL[class].size as usize % layout.align() == 0)
+    (class_of(size)..CLASSES)
+        .find(|&class| (ALL[class].size as usize).is_multiple_of(layout.align()))
 }
 
 /// Returns the first class whose objects have `size` bytes, which is at most [`LARGEST`].
@@ -135,8 +136,8 @@ mod tests {
                     Some(class) => {
                         let class = ALL[class];
                         assert!(class.size as usize >= size);
-                        assert!(align <= GRAIN || class.size as usize % align == 0);
-                        assert_eq!(class.size as usize % GRAIN, 0);
+                        assert!(align <= GRAIN || (class.size as usize).is_multiple_of(align));
+                        assert!((class.size as usize).is_multiple_of(GRAIN));
                     }
                     None => assert!(size.next_multiple_of(align).max(align) > LARGEST),
                 }
