@@ -16,5 +16,5 @@ static ALLOCATOR: uhmm_linux::Allocator = uhmm_linux::Allocator::new();
 
 #[test]
 fn c_library() {
-    in_own_process(|| churn::churn());
+    in_own_process(churn::churn);
 }

@@ -193,7 +193,7 @@ fn a_program_that_has_locked_all_its_memory_can_attach() {
 fn a_program_can_lock_all_its_memory_while_pages_are_away() {
     in_own_process(|| {
         let process = attach();
-        let (memory, gpu) = (host(&process), Gpu::new(512));
+        let (memory, gpu) = (host(&process), Gpu::new(1024));
         let mappings = [Mapping::anonymous(600), Mapping::anonymous(300)];
         mappings.iter().for_each(fill);
         assert_eq!(process.migrate(mappings[0].range(), &memory).run().moved, 600);

@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use uhmm::{Page, PageRange};
+use uhmm::PageRange;
 
 /// How many words of bits are made at a time: those of 128 MiB.
 const WORDS: usize = 512;
@@ -89,6 +89,8 @@ mod tests {
     use std::collections::BTreeSet;
 
     use proptest::prelude::*;
+
+    use uhmm::Page;
 
     use super::*;
 

@@ -66,8 +66,14 @@ impl Space {
             }
             let event = Event::new(EventKind::Exclusive, piece.va_range()).owned_by(owner);
             let announced = self.notifiers.invalidate_range_start(event);
+            self.unlock_staging();
             let result = self.try_hold(&rest, owner, busy >= TRIES);
             drop(announced);
+            if self.unlock_staging() {
+                // The program has just locked all its memory, ours too, so that what is locked could
+                // move: once more, and it stays.
+                self.give_back(piece, owner);
+            }
             self.settle_unless_leading();
             busy += u32::from(result?);
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {

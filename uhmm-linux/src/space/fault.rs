@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use uhmm::{Access, DevicePagemap, FaultError, Order, Page, PageRange};
 
 use super::Space;
+use super::snapshot::Watched;
 use super::home::Put;
 use super::state::{IsolationId, Place, State};
 use crate::sys::maps::Kind;
@@ -68,7 +69,15 @@ impl Space {
                 Ok(_) => return (before(page), Some(FaultError::Hole { page })),
                 Err(_) => return (before(page), Some(FaultError::OutOfMemory { page })),
             };
-            let allowed = self.device_rights(&vma);
+            let rest = PageRange::from_bounds(page, range.last()).expect("checked just now");
+            let piece = vma.range.intersection(rest).expect("it holds the page");
+            // Before anything is faulted in: somebody else may handle the faults there, and never
+            // answer. Nobody would hear of changes then, so it is of no use to a device anyway.
+            let allowed = match self.device_rights(&vma) {
+                allowed if allowed < access => allowed,
+                _ if matches!(self.watch_around(piece, &vma), Watched::Never) => Access::None,
+                allowed => allowed,
+            };
             if allowed < access {
                 let denied = FaultError::Denied { page, wanted: access, allowed };
                 return (before(page), Some(denied));

@@ -30,7 +30,6 @@ use super::bits::PageBits;
 use super::buddy::Buddy;
 use super::kernel::Kernel;
 use super::{fatal, lock};
-use crate::sys::advise;
 use crate::sys::region::{Region, RegionOptions};
 use crate::sys::userfaultfd::Modes;
 
@@ -141,11 +140,9 @@ impl Pool {
         }
     }
 
-    /// Makes it memory that is not locked, if the program has locked all that it had. Tells whether
-    /// it was.
-    pub(super) fn unlock(&self) -> bool {
-        let locked = advise::is_locked(self.range().first().into());
-        locked && self.region.unlock().is_ok()
+    /// Makes it memory that is not locked.
+    pub(super) fn unlock(&self) -> Result<(), Errno> {
+        self.region.unlock()
     }
 
     /// Becomes the owner of a block that was [leaked](PoolBlock::leak).

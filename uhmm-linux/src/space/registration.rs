@@ -17,6 +17,7 @@ use super::Space;
 use super::pool::PoolBlock;
 use super::state::{Registered, State, chunk_of, chunk_range, numbers, range_of};
 use crate::sys::allocator;
+use crate::sys::advise;
 use crate::sys::userfaultfd::Modes;
 
 impl Registered {
@@ -121,6 +122,18 @@ impl Space {
     /// Takes a block of staging.
     pub(super) fn allocate_staging(&self, order: Order) -> Option<PoolBlock> {
         self.kernel.allows("staging").then(|| self.staging.allocate(order)).flatten()
+    }
+
+    /// Makes staging memory that is not locked, if the program has locked all that it had
+    /// (`mlockall(MCL_CURRENT)`), and tells whether it was.
+    ///
+    /// The kernel moves pages between memory that is locked both or not at all. While staging is not,
+    /// what the program has locked stays where it is.
+    pub(super) fn unlock_staging(&self) -> bool {
+        // What the program locks all at once are our buffers too. To drop what is in one that holds
+        // nothing is the quickest way to ask: it is refused where memory is locked.
+        let locked = advise::dontneed(self.zeroes.first().into()) == Err(Errno::INVAL);
+        locked && self.staging.unlock().and(self.buffers.unlock()).is_ok()
     }
 
     /// Takes a block of the buffers.

@@ -92,7 +92,8 @@ impl Space {
         }
     }
 
-    fn watch_around(&self, piece: PageRange, vma: &Vma) -> Watched {
+    /// Makes the kernel tell of changes to `piece`, part of the mapping `vma`, and to what is around.
+    pub(super) fn watch_around(&self, piece: PageRange, vma: &Vma) -> Watched {
         let mut state = self.lock();
         if super::registration::is_registered(&state, piece) {
             return Watched::Before;
@@ -125,9 +126,13 @@ impl Space {
     }
 }
 
-enum Watched {
+/// Whether the kernel tells of changes.
+pub(super) enum Watched {
+    /// It did before.
     Before,
+    /// It does from now on.
     Now,
+    /// It does not: the memory is of a kind that it does not watch, or somebody else handles it.
     Never,
 }
 

@@ -60,10 +60,16 @@ impl Space {
             .notifiers
             .invalidate_range_start(Event::new(EventKind::Migrate, covered.va_range()));
         let mut shared = Vec::new();
+        self.unlock_staging();
         for candidate in &candidates {
             self.take_candidate(&mut isolation, *candidate, to, &mut |page| shared.push(page));
         }
         self.take_shared(&mut isolation, &candidates, &mut shared, to);
+        if self.unlock_staging() {
+            // The program has just locked all its memory, ours too, so that what is locked could move.
+            drop(std::mem::replace(&mut isolation, ProcessIsolation::empty(self)));
+            isolation.stay(range, StayReason::Busy);
+        }
         drop(announced);
         isolation.sort();
         self.settle_unless_leading();
@@ -407,7 +413,6 @@ impl Space {
         undisturbed
     }
 
-    /// Says why the kernel refuses to move a page of any kind.
     /// Says why the kernel could not move a page that it may move.
     fn explain_failure(&self, page: Page) -> StayReason {
         let mut found = Vec::new();
@@ -417,6 +422,7 @@ impl Space {
         }
     }
 
+    /// Says why the kernel refuses to move a page of any kind.
     pub(super) fn explain_refusal(&self, page: Page) -> StayReason {
         match self.kernel.vma(page) {
             Ok(Some(vma)) if vma.range.contains(page) => match movable(&vma) {
@@ -424,8 +430,6 @@ impl Space {
                 // Of all that the kernel refuses this way, two are not told by the mapping: the other
                 // is a protection key.
                 Ok(()) if self.kernel.is_locked(page) => StayReason::Locked,
-                // Staging was: the next time it is not any more.
-                Ok(()) if self.staging.unlock() => StayReason::Busy,
                 Ok(()) => StayReason::Unsupported,
             },
             Ok(_) => StayReason::Hole,
@@ -455,7 +459,7 @@ impl Space {
         &self,
         isolation: &mut ProcessIsolation,
         candidates: &[Candidate],
-        shared: &mut Vec<Page>,
+        shared: &mut [Page],
         to: Owner,
     ) {
         shared.sort();

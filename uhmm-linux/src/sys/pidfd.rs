@@ -1,5 +1,7 @@
 //! Processes whose end can be waited for.
 
+#![allow(dead_code, reason = "for address spaces of other processes")]
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec};

@@ -6,7 +6,7 @@
 //!
 //! # Safety argument
 //!
-//! [`read`] fills a slice that the caller borrows, so it is safe. [`write`] changes memory that it
+//! [`read()`] fills a slice that the caller borrows, so it is safe. [`write()`] changes memory that it
 //! does not borrow, as `/proc/self/mem` or a debugger would; it is no `unsafe fn` because no
 //! condition on its arguments could make it sound: which memory a device writes, and when, is up to
 //! the program that handed the memory to the device, and is its obligation as it is towards hardware.

@@ -5,6 +5,8 @@
 //! move to a device: [`spawn`] sees to the first, [`stack_of_this_thread`] and
 //! [`tls_of_this_thread`] tell what must stay.
 
+#![allow(dead_code, reason = "where servers run is measured, and not decided here yet")]
+
 use std::io::Write;
 use std::mem::MaybeUninit;
 use std::thread::JoinHandle;

@@ -170,9 +170,10 @@ impl Ring {
         // Relaxed: only this thread writes the tail.
         let tail = self.word(sq.tail).load(Ordering::Relaxed);
         let index = tail & self.word(sq.ring_mask).load(Ordering::Relaxed);
-        // SAFETY: the index is within the array of entries, and the kernel looks at it only once
-        // the tail says so.
-        unsafe { self.entries.cast::<Entry>().add(index as usize).write(entry) };
+        // SAFETY: the index is within the array of entries.
+        let place = unsafe { self.entries.cast::<Entry>().add(index as usize) };
+        // SAFETY: the kernel looks at it only once the tail says so.
+        unsafe { place.write(entry) };
         self.word(sq.array + 4 * index).store(index, Ordering::Relaxed);
         // Release: the entry is written before the kernel, which acquires, sees the tail.
         self.word(sq.tail).store(tail.wrapping_add(1), Ordering::Release);
@@ -187,15 +188,19 @@ impl Ring {
         assert_ne!(self.word(cq.tail).load(Ordering::Acquire), head, "it was waited for");
         let index = head & self.word(cq.ring_mask).load(Ordering::Relaxed);
         let at = cq.dropped as usize + index as usize * size_of::<Completion>();
-        // SAFETY: within the ring, and complete, as the tail said.
-        let completion = unsafe { self.rings.byte_add(at).cast::<Completion>().read() };
+        // SAFETY: within the ring.
+        let place = unsafe { self.rings.byte_add(at) };
+        // SAFETY: it is complete, as the tail said.
+        let completion = unsafe { place.cast::<Completion>().read() };
         self.word(cq.head).store(head.wrapping_add(1), Ordering::Release);
         completion.res
     }
 
     fn word(&self, offset: u32) -> &AtomicU32 {
-        // SAFETY: the kernel says that there is a word, within what is mapped for as long as `self`.
-        unsafe { AtomicU32::from_ptr(self.rings.byte_add(offset as usize).cast()) }
+        // SAFETY: the kernel says that there is a word, within what is mapped.
+        let place = unsafe { self.rings.byte_add(offset as usize) };
+        // SAFETY: it is mapped for as long as `self`, and accessed by atomic operations alone.
+        unsafe { AtomicU32::from_ptr(place.cast()) }
     }
 }
 

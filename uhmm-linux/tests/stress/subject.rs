@@ -273,7 +273,7 @@ pub(crate) fn run(journal: &'static Journal) {
         }
         coordinate(journal, &live);
     });
-    drop(console);
+    let _ = console;
 }
 
 /// Maps everything, and enters that.
@@ -300,7 +300,7 @@ fn act(journal: &'static Journal, actor: usize, live: &RwLock<Option<Live>>) {
         if command == END {
             return;
         }
-        if command % 2 == 0 && !journal.has_failed() {
+        if command.is_multiple_of(2) && !journal.has_failed() {
             let live = live.read().unwrap_or_else(PoisonError::into_inner);
             // Nothing is attached yet, or not again.
             let Some(live) = live.as_ref() else {
@@ -329,7 +329,7 @@ fn coordinate(journal: &'static Journal, live: &RwLock<Option<Live>>) {
         if command == END {
             break;
         }
-        if command % 2 == 0 {
+        if command.is_multiple_of(2) {
             let attached = live.read().unwrap_or_else(PoisonError::into_inner).is_some();
             if !attached {
                 before.get_or_insert_with(holdings);

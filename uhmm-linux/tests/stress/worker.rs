@@ -416,7 +416,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Chooses pages to move, and as many to move them to, in two slots of its own.
-    fn from_and_to(&mut self) -> Option<(usize, usize, usize)> {
+    fn two_places(&mut self) -> Option<(usize, usize, usize)> {
         let (from, to) = (self.slot(), self.slot());
         if from == to || from.is_large() || to.is_large() {
             return None;
@@ -441,7 +441,7 @@ impl<'a> Worker<'a> {
     }
 
     fn relocate_by(&mut self, leaving: bool) {
-        let Some((first, target, pages)) = self.from_and_to() else { return };
+        let Some((first, target, pages)) = self.two_places() else { return };
         let (from, to) = (journal::range(first, pages), journal::range(target, pages));
         let journal = self.journal;
         let sheets = &journal.pages[first..first + pages];
@@ -478,7 +478,7 @@ impl<'a> Worker<'a> {
                 sheet.clear();
             }
         }
-        if announced {
+        if announced && done.is_ok() {
             all().for_each(|sheet| sheet.announced.store(sheet.changes.load(SeqCst), SeqCst));
         }
         all().for_each(Sheet::end);
