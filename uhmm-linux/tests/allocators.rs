@@ -17,5 +17,7 @@ static ALLOCATOR: uhmm_linux::Allocator<mimalloc::MiMalloc> =
 
 #[test]
 fn mimalloc() {
+    // The closure's name tells which test it is.
+    #[expect(clippy::redundant_closure, reason = "its name is that of this test")]
     in_own_process(|| churn::churn());
 }

@@ -152,11 +152,6 @@ fn service_goes_on_without_what_may_fail() {
         .run(|| never(&["register", "unregister", "staging", "move", "zeropage", "populate"]));
 }
 
-#[test]
-fn service_goes_on_without_a_look_at_the_page_table() {
-    OwnProcess::new().run(|| never(&["scan"]));
-}
-
 /// What has left without a copy and cannot come back stays away, and comes when it can.
 #[test]
 fn pages_that_cannot_come_home_come_later() {

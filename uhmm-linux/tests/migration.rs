@@ -251,8 +251,7 @@ const TOUCHES: &[(&str, Touch)] = &[
     ("write(2) out of it", |_, mapping, index| {
         let file = file_with(0);
         // SAFETY: the word is mapped.
-        let written =
-            unsafe { libc::pwrite(file.as_raw_fd(), pointer(mapping.word(index)), 8, 0) };
+        let written = unsafe { libc::pwrite(file.as_raw_fd(), pointer(mapping.word(index)), 8, 0) };
         assert_eq!(written, 8, "{}", std::io::Error::last_os_error());
         assert_eq!(word_of(&file), first_word(index));
     }),
@@ -599,7 +598,9 @@ fn what_was_there_before_a_guard_does_not_come_back() {
                 advise(guarded, GUARD_INSTALL).expect("anonymous memory can be guarded");
                 let report = process.migrate(mapping.range(), memory).run();
                 assert_eq!(report.moved, mapping.range().pages() - 3, "{report:?}");
-                guarded.iter().for_each(|page| assert!(report.reason(page).is_some(), "{report:?}"));
+                guarded
+                    .iter()
+                    .for_each(|page| assert!(report.reason(page).is_some(), "{report:?}"));
                 for page in guarded.iter() {
                     assert!(trap::load(page.address()).is_err(), "{page} is guarded");
                 }
@@ -703,8 +704,14 @@ enum Fate {
 }
 
 impl Fate {
-    const ALL: [Fate; 6] =
-        [Fate::Unmapped, Fate::Discarded, Fate::Freed, Fate::Replaced, Fate::ReadOnly, Fate::Locked];
+    const ALL: [Fate; 6] = [
+        Fate::Unmapped,
+        Fate::Discarded,
+        Fate::Freed,
+        Fate::Replaced,
+        Fate::ReadOnly,
+        Fate::Locked,
+    ];
 
     fn befall(self, range: PageRange) {
         match self {
@@ -830,9 +837,11 @@ fn nobody_sees_a_page_leave_or_come() {
         let process = attach();
         let (ours, gpu) = (host(&process, 256), Gpu::new(256));
         let mapping = Mapping::anonymous(PAGES);
-        (0..PAGES).for_each(|index| (0..WRITERS).for_each(|writer| {
-            trap::store(mapping.word(index) + 8 * writer, 1).expect("it is mapped");
-        }));
+        (0..PAGES).for_each(|index| {
+            (0..WRITERS).for_each(|writer| {
+                trap::store(mapping.word(index) + 8 * writer, 1).expect("it is mapped");
+            })
+        });
         let over = AtomicBool::new(false);
         let stores = AtomicU64::new(0);
         std::thread::scope(|scope| {
@@ -924,9 +933,8 @@ fn nobody_can_store_to_what_may_only_be_read() {
                     while probes.load(Ordering::Relaxed) < enough {
                         let report = process.migrate(mapping.range(), memory).run();
                         assert_eq!(report.moved, 0, "{report:?}");
-                        let read_only = |page: &Page| {
-                            report.reason(*page) == Some(StayReason::ReadOnly)
-                        };
+                        let read_only =
+                            |page: &Page| report.reason(*page) == Some(StayReason::ReadOnly);
                         let many = mapping.range().iter().filter(read_only).count();
                         stayed.fetch_add(many as u64, Ordering::Relaxed);
                     }

@@ -364,7 +364,6 @@ const CALLS: &[(&str, &[i64])] = &[
 const VERDICTS: &[(&str, Verdict)] = &[
     ("EPERM", Verdict::Errno(Errno::PERM)),
     ("ENOSYS", Verdict::Errno(Errno::NOSYS)),
-    ("thread", Verdict::KillThread),
     ("process", Verdict::KillProcess),
 ];
 
@@ -430,7 +429,11 @@ fn a_filter_that_the_program_installs_is_a_clear_end_or_none() {
         }
         for (call, verdict, status, ended) in ends {
             assert!(ended, "without {call} ({verdict}) it waited for ever");
-            assert_ne!(status.code(), Some(WRONG), "without {call} ({verdict}) it read wrong words");
+            assert_ne!(
+                status.code(),
+                Some(WRONG),
+                "without {call} ({verdict}) it read wrong words"
+            );
         }
     });
 }

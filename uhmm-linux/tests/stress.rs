@@ -51,6 +51,7 @@ fn plan() -> Plan {
 }
 
 #[test]
+#[ignore = "takes minutes: cargo test -p uhmm-linux --test stress -- --ignored"]
 fn every_byte_is_where_it_must_be() {
     let plan = plan();
     // A hang is found out by those who watch; this is for theirs.

@@ -161,7 +161,8 @@ fn nobody_has_mirrors_faults_and_snapshots() {
 
         // What is unmapped is seen.
         unmap(mapping.part(4, 4));
-        let there = |index: u64| mirror.inspect(|table| table.entries.contains_key(&mapping.page(index)));
+        let there =
+            |index: u64| mirror.inspect(|table| table.entries.contains_key(&mapping.page(index)));
         assert!(eventually(|| there(5) == Ok(false)), "the device has heard of it");
         assert_eq!(device_load(&mirror, mapping.page(0)), Ok(200));
         let gone = mirror.range_fault(&RangeFault::read(mapping.page(5).into())).map(drop);
@@ -189,10 +190,8 @@ fn nobody_is_refused_what_would_make_system_calls_fail() {
             }
         }
         let mirror = gpu.mirror(&process, mapping.range());
-        let expected = FaultError::NotExclusive {
-            page: mapping.page(3),
-            reason: StayReason::Unsupported,
-        };
+        let expected =
+            FaultError::NotExclusive { page: mapping.page(3), reason: StayReason::Unsupported };
         assert_eq!(device_add(&mirror, mapping.page(3), 1), Err(expected));
         assert_eq!(mirror.exclusive(mapping.page(3).into()).map(drop), Err(expected));
         // A system call on what the device uses is what it always was.
@@ -276,7 +275,8 @@ fn a_child_that_nobody_tells_of_has_everything_that_could_come_home() {
         send();
         gpu.injector.fail_always("copy");
         let seen = in_child(|| {
-            let refused = (0..16).all(|index| trap::load(mapping.word(index)) == Err(Trap::Unmapped));
+            let refused =
+                (0..16).all(|index| trap::load(mapping.word(index)) == Err(Trap::Unmapped));
             i32::from(!refused)
         });
         assert_eq!(seen, 0, "the child has no such pages");

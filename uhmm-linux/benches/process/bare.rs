@@ -43,9 +43,8 @@ impl Memory {
         let rights = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: the kernel chooses where, so nothing is replaced.
-        let mapped = unsafe {
-            rustix::mm::mmap_anonymous(std::ptr::null_mut(), length, rights, flags)
-        };
+        let mapped =
+            unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), length, rights, flags) };
         let mapped = mapped.expect("there is room").addr();
         Memory { start: mapped.next_multiple_of(align), bytes, mapped: (mapped, length) }
     }
@@ -105,8 +104,7 @@ impl Memory {
 
     /// Has the kernel fault every page in.
     pub(crate) fn populate(&self, range: PageRange, write: bool) {
-        let advice =
-            if write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
+        let advice = if write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
         self.advise(range, advice);
     }
 
@@ -244,7 +242,8 @@ impl Uffd {
     fn call<T>(&self, opcode: u64, argument: &mut T) -> Result<(), Errno> {
         // SAFETY: the structures above are what these ioctls take, and hold no pointer that the
         // kernel writes through. What is moved or filled is memory of this benchmark.
-        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), opcode, std::ptr::from_mut(argument)) };
+        let result =
+            unsafe { libc::ioctl(self.0.as_raw_fd(), opcode, std::ptr::from_mut(argument)) };
         if result < 0 { Err(last_error()) } else { Ok(()) }
     }
 
@@ -320,7 +319,9 @@ impl Handler {
             loop {
                 match served.next(wait) {
                     None => {}
-                    Some(address) if address == last => break served.copy(filler.address(0), last, 1),
+                    Some(address) if address == last => {
+                        break served.copy(filler.address(0), last, 1);
+                    }
                     Some(address) => serve(&served, address),
                 }
             }

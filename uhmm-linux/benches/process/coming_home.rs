@@ -8,7 +8,7 @@ use uhmm::policy::{FaultAround, Policies};
 
 use super::bare::{Handler, Memory, Wait, processor_time, processors, run_on};
 use super::rig::Rig;
-use super::rounds::{Effort, Side, median, row, row_alone, table, take_turns, time};
+use super::rounds::{Effort, Side, median, row, table, take_turns, time};
 
 /// Where the thread that faults and those that serve are let run.
 struct Placement {
@@ -21,8 +21,10 @@ struct Placement {
 fn placements() -> Vec<Placement> {
     let all = processors();
     let (first, last) = (vec![all[0]], vec![all[all.len() - 1]]);
-    let on = |name, servers: &[usize], faulting: &[usize]| {
-        Placement { name, servers: servers.to_vec(), faulting: faulting.to_vec() }
+    let on = |name, servers: &[usize], faulting: &[usize]| Placement {
+        name,
+        servers: servers.to_vec(),
+        faulting: faulting.to_vec(),
     };
     let mut placements = vec![on("the same core", &first, &first), on("any core", &all, &all)];
     if all.len() > 1 {
@@ -74,7 +76,9 @@ impl Bare {
         handler.uffd().register(memory.range());
         handler.uffd().register(away.range());
         let bare = Bare { memory, away, handler };
-        (0..pages).for_each(|page| bare.handler.uffd().copy(filler().address(0), bare.memory.address(page), 1));
+        (0..pages).for_each(|page| {
+            bare.handler.uffd().copy(filler().address(0), bare.memory.address(page), 1)
+        });
         bare.memory.fill();
         bare
     }
@@ -129,26 +133,29 @@ fn one_page(effort: &Effort, placement: &Placement) {
         rig.send_each(Memory::range(memory), to);
         touch_each(memory)
     };
-    let series = take_turns(effort.rounds, vec![
-        Side::new("in place", || come_home(&adopted, &rig.in_place)),
-        Side::new("MOVE, read", || {
-            read.move_away();
-            touch_each(&read.memory)
-        }),
-        Side::new("MOVE, poll", || {
-            polled.move_away();
-            touch_each(&polled.memory)
-        }),
-        Side::new("in place, of a range sent at once", || {
-            rig.send(together.range(), &rig.in_place);
-            touch_each(&together)
-        }),
-        Side::new("by a copy", || come_home(&carried, &rig.copying)),
-        Side::new("COPY, read", || {
-            copied.drop_all();
-            touch_each(&copied.memory)
-        }),
-    ]);
+    let series = take_turns(
+        effort.rounds,
+        vec![
+            Side::new("in place", || come_home(&adopted, &rig.in_place)),
+            Side::new("MOVE, read", || {
+                read.move_away();
+                touch_each(&read.memory)
+            }),
+            Side::new("MOVE, poll", || {
+                polled.move_away();
+                touch_each(&polled.memory)
+            }),
+            Side::new("in place, of a range sent at once", || {
+                rig.send(together.range(), &rig.in_place);
+                touch_each(&together)
+            }),
+            Side::new("by a copy", || come_home(&carried, &rig.copying)),
+            Side::new("COPY, read", || {
+                copied.drop_all();
+                touch_each(&copied.memory)
+            }),
+        ],
+    );
     table(&format!("A CPU touches a page that is out: served on {}", placement.name));
     row(&series[0], &[&series[1], &series[2]], Some(1.15));
     row(&series[2], &[&series[1]], None);
@@ -186,13 +193,16 @@ fn in_sequence(effort: &Effort) {
         rig.send_each(memory.range(), to);
         walk(&memory)
     };
-    let series = take_turns(effort.rounds_of(2), vec![
-        Side::new("one at a time", || walk_home(&one)),
-        Side::new("with fault-around", || walk_home(&some)),
-        Side::new("with the default policies", || walk_home(&all)),
-        Side::new("one at a time, sent so", || walk_scattered(&one)),
-        Side::new("with fault-around, sent one by one", || walk_scattered(&some)),
-    ]);
+    let series = take_turns(
+        effort.rounds_of(2),
+        vec![
+            Side::new("one at a time", || walk_home(&one)),
+            Side::new("with fault-around", || walk_home(&some)),
+            Side::new("with the default policies", || walk_home(&all)),
+            Side::new("one at a time, sent so", || walk_scattered(&one)),
+            Side::new("with fault-around, sent one by one", || walk_scattered(&some)),
+        ],
+    );
     table("A CPU reads one page after the other, for each page");
     row(&series[1], &[&series[0]], Some(0.2));
     row(&series[2], &[&series[0]], None);
@@ -227,13 +237,16 @@ pub(crate) fn run_placement(effort: &Effort) {
         run_on(&all);
         taken
     };
-    let series = take_turns(effort.rounds, vec![
-        Side::new("floor: all on one core, read", || pinned(&|| bare(&floor))),
-        Side::new("floor: all on one core, poll", || pinned(&|| bare(&there))),
-        Side::new("one thread on one core", || pinned(&mine)),
-        Side::new("one thread anywhere", mine),
-        Side::new("bare handler, everything anywhere", || bare(&roaming)),
-    ]);
+    let series = take_turns(
+        effort.rounds,
+        vec![
+            Side::new("floor: all on one core, read", || pinned(&|| bare(&floor))),
+            Side::new("floor: all on one core, poll", || pinned(&|| bare(&there))),
+            Side::new("one thread on one core", || pinned(&mine)),
+            Side::new("one thread anywhere", mine),
+            Side::new("bare handler, everything anywhere", || bare(&roaming)),
+        ],
+    );
     table("Placement: servers may be anywhere");
     let floors = [&series[0], &series[1]];
     series[2..].iter().for_each(|series| row(series, &floors, None));
@@ -269,16 +282,19 @@ fn two_threads(effort: &Effort, rig: &Rig, all: &[usize]) {
             (taken[0] + taken[1]) / 2.0
         })
     };
-    let series = take_turns(effort.rounds, vec![
-        Side::new("two threads, on a core each", || {
-            memories.iter().for_each(|memory| rig.send_each(memory.range(), &rig.in_place));
-            both([&memories[0], &memories[1]])
-        }),
-        Side::new("two bare handlers, anywhere", || {
-            bare.iter().for_each(Bare::move_away);
-            both([&bare[0].memory, &bare[1].memory])
-        }),
-    ]);
+    let series = take_turns(
+        effort.rounds,
+        vec![
+            Side::new("two threads, on a core each", || {
+                memories.iter().for_each(|memory| rig.send_each(memory.range(), &rig.in_place));
+                both([&memories[0], &memories[1]])
+            }),
+            Side::new("two bare handlers, anywhere", || {
+                bare.iter().for_each(Bare::move_away);
+                both([&bare[0].memory, &bare[1].memory])
+            }),
+        ],
+    );
     row(&series[0], &[&series[1]], None);
 }
 

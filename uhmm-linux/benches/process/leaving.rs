@@ -77,12 +77,15 @@ fn there_and_back(effort: &Effort, load: &Load) {
     };
     let (send, fetch) = (|| rig.send(range, &rig.in_place), || rig.fetch(range));
     let (bare_send, bare_fetch) = (|| bare.send(), || bare.fetch());
-    let series = take_turns(effort.rounds, vec![
-        Side::new("to the device", || average(&send, &fetch, |(out, _)| out)),
-        Side::new("MOVE", || average(&bare_send, &bare_fetch, |(out, _)| out)),
-        Side::new("home", || average(&send, &fetch, |(_, home)| home)),
-        Side::new("MOVE home", || average(&bare_send, &bare_fetch, |(_, home)| home)),
-    ]);
+    let series = take_turns(
+        effort.rounds,
+        vec![
+            Side::new("to the device", || average(&send, &fetch, |(out, _)| out)),
+            Side::new("MOVE", || average(&bare_send, &bare_fetch, |(out, _)| out)),
+            Side::new("home", || average(&send, &fetch, |(_, home)| home)),
+            Side::new("MOVE home", || average(&bare_send, &bare_fetch, |(_, home)| home)),
+        ],
+    );
     table(&format!("{}, in place", load.name));
     row(&series[0], &[&series[1]], Some(load.goal));
     row(&series[2], &[&series[3]], Some(load.goal));

@@ -28,8 +28,11 @@ use rounds::Effort;
 #[global_allocator]
 static ALLOCATOR: uhmm_linux::Allocator = uhmm_linux::Allocator::new();
 
-/// The groups, by name.
-const GROUPS: [(&str, fn(&Effort)); 6] = [
+/// A group, with its name.
+type Group = (&'static str, fn(&Effort));
+
+/// The groups.
+const GROUPS: [Group; 6] = [
     ("coming home", coming_home::run),
     ("leaving", leaving::run),
     ("mirroring", mirroring::run),

@@ -34,21 +34,25 @@ fn cold_faults(effort: &Effort) {
             }
             sum / (times * pages) as f64
         };
-        let fault = |request: RangeFault<'_>| _ = mirror.range_fault(&request).expect("all can be had");
-        let series = take_turns(effort.rounds_of(longer), vec![
-            Side::new(format!("{name}, for writing"), || {
-                cold(&memory, &|| fault(RangeFault::write(range)))
-            }),
-            Side::new("MADV_POPULATE_WRITE", || {
-                cold(&bare, &|| bare.populate(bare_range, true))
-            }),
-            Side::new(format!("{name}, for reading"), || {
-                cold(&memory, &|| fault(RangeFault::read(range)))
-            }),
-            Side::new("MADV_POPULATE_READ", || {
-                cold(&bare, &|| bare.populate(bare_range, false))
-            }),
-        ]);
+        let fault =
+            |request: RangeFault<'_>| _ = mirror.range_fault(&request).expect("all can be had");
+        let series = take_turns(
+            effort.rounds_of(longer),
+            vec![
+                Side::new(format!("{name}, for writing"), || {
+                    cold(&memory, &|| fault(RangeFault::write(range)))
+                }),
+                Side::new("MADV_POPULATE_WRITE", || {
+                    cold(&bare, &|| bare.populate(bare_range, true))
+                }),
+                Side::new(format!("{name}, for reading"), || {
+                    cold(&memory, &|| fault(RangeFault::read(range)))
+                }),
+                Side::new("MADV_POPULATE_READ", || {
+                    cold(&bare, &|| bare.populate(bare_range, false))
+                }),
+            ],
+        );
         row(&series[0], &[&series[1]], Some(1.25));
         row(&series[2], &[&series[3]], Some(1.25));
     }
@@ -70,17 +74,22 @@ fn looks(effort: &Effort) {
             let (taken, ()) = time(|| (0..times).for_each(|_| run()));
             taken / times as f64
         };
-        let series = take_turns(effort.rounds, vec![
-            Side::new(format!("snapshot of {pages}"), || {
-                mean(&|| assert_eq!(rig.process.snapshot(range).len(), pages))
-            }),
-            Side::new("PAGEMAP_SCAN", || {
-                mean(&|| assert_eq!(pagemap.present(range), pages as u64))
-            }),
-            Side::new(format!("range_fault of {pages}, warm"), || {
-                mean(&|| _ = mirror.range_fault(&RangeFault::write(range)).expect("they are there"))
-            }),
-        ]);
+        let series = take_turns(
+            effort.rounds,
+            vec![
+                Side::new(format!("snapshot of {pages}"), || {
+                    mean(&|| assert_eq!(rig.process.snapshot(range).len(), pages))
+                }),
+                Side::new("PAGEMAP_SCAN", || {
+                    mean(&|| assert_eq!(pagemap.present(range), pages as u64))
+                }),
+                Side::new(format!("range_fault of {pages}, warm"), || {
+                    mean(&|| {
+                        _ = mirror.range_fault(&RangeFault::write(range)).expect("they are there")
+                    })
+                }),
+            ],
+        );
         row(&series[0], &[&series[1]], None);
         row(&series[2], &[&series[1]], None);
     }
@@ -102,21 +111,24 @@ fn holds(effort: &Effort) {
             let (taken, ()) = time(|| (0..times).for_each(|_| run()));
             taken / times as f64
         };
-        let series = take_turns(effort.rounds, vec![
-            Side::new(format!("{pages} pages"), || {
-                mean(&|| drop(mirror.exclusive(range).expect("they can be held")))
-            }),
-            Side::new("MOVE and MOVE, page by page", || {
-                mean(&|| {
-                    for page in 0..pages {
-                        uffd.move_pages(bare.address(page), away.address(page), 1);
-                    }
-                    for page in 0..pages {
-                        uffd.move_pages(away.address(page), bare.address(page), 1);
-                    }
-                })
-            }),
-        ]);
+        let series = take_turns(
+            effort.rounds,
+            vec![
+                Side::new(format!("{pages} pages"), || {
+                    mean(&|| drop(mirror.exclusive(range).expect("they can be held")))
+                }),
+                Side::new("MOVE and MOVE, page by page", || {
+                    mean(&|| {
+                        for page in 0..pages {
+                            uffd.move_pages(bare.address(page), away.address(page), 1);
+                        }
+                        for page in 0..pages {
+                            uffd.move_pages(away.address(page), bare.address(page), 1);
+                        }
+                    })
+                }),
+            ],
+        );
         row(&series[0], &[&series[1]], None);
     }
 }
@@ -143,11 +155,16 @@ fn changes(effort: &Effort) {
         let ready = || _ = mirror.range_fault(&RangeFault::write(range)).expect("all can be had");
         let listen = || handler.uffd().register(told.range());
         for (name, change) in [("MADV_DONTNEED", Change::Discard), ("munmap", Change::Unmap)] {
-            let series = take_turns(effort.rounds, vec![
-                Side::new(format!("{name} of {size}"), || make(change, &mirrored, times, &ready)),
-                Side::new("unregistered", || make(change, &plain, times, &|| {})),
-                Side::new("a bare reader of events", || make(change, &told, times, &listen)),
-            ]);
+            let series = take_turns(
+                effort.rounds,
+                vec![
+                    Side::new(format!("{name} of {size}"), || {
+                        make(change, &mirrored, times, &ready)
+                    }),
+                    Side::new("unregistered", || make(change, &plain, times, &|| {})),
+                    Side::new("a bare reader of events", || make(change, &told, times, &listen)),
+                ],
+            );
             row(&series[0], &[&series[1]], None);
             row(&series[0], &[&series[2]], None);
         }

@@ -118,9 +118,8 @@ struct Axis {
 
 impl Axis {
     fn of(values: impl Iterator<Item = f64>) -> Axis {
-        let (low, high) = values.fold((f64::MAX, f64::MIN), |(low, high), value| {
-            (low.min(value), high.max(value))
-        });
+        let (low, high) = values
+            .fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(value), high.max(value)));
         let low = 10_f64.powf(low.log10().floor());
         Axis { low, high: 10_f64.powf(high.log10().ceil()).max(low * 10.0) }
     }

@@ -143,8 +143,3 @@ pub(crate) fn row(subject: &Series, floors: &[&Series], goal: Option<f64>) {
         ratio.interval.1,
     );
 }
-
-/// Prints the row of a side that has no floor.
-pub(crate) fn row_alone(series: &Series) {
-    println!("| {} | {:.3} | | | | | |", series.name, series.median());
-}

@@ -8,8 +8,8 @@ use rustix::io::Errno;
 use uhmm::{Access, DevicePagemap, FaultError, Order, Page, PageRange};
 
 use super::Space;
-use super::snapshot::Watched;
 use super::home::Put;
+use super::snapshot::Watched;
 use super::state::{IsolationId, Place, State};
 use crate::sys::maps::Kind;
 

@@ -16,8 +16,8 @@ use uhmm::{Order, PageRange, StayReason};
 use super::Space;
 use super::pool::PoolBlock;
 use super::state::{Registered, State, chunk_of, chunk_range, numbers, range_of};
-use crate::sys::allocator;
 use crate::sys::advise;
+use crate::sys::allocator;
 use crate::sys::userfaultfd::Modes;
 
 impl Registered {

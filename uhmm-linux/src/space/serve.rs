@@ -451,6 +451,14 @@ impl Space {
             Task::Settle => {}
         }
         self.settle();
+        let idle = {
+            let state = self.lock();
+            !state.emptied.is_empty() && !state.is_anything_out()
+        };
+        if idle {
+            // The leader may be waiting without a limit, from before this was so.
+            self.call_leader();
+        }
     }
 
     fn bring(&self, pagemap: &Arc<DevicePagemap>, page: Page, order: Order, fault: Fault) {

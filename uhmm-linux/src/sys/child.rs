@@ -83,11 +83,6 @@ pub(super) fn start(how: Fork, f: impl FnOnce() -> bool) -> Child {
 }
 
 impl Child {
-    /// Returns the number of the process.
-    pub(super) fn pid(&self) -> u32 {
-        self.0.unsigned_abs()
-    }
-
     /// Waits for the end.
     pub(super) fn end(self) -> End {
         let mut status = 0;

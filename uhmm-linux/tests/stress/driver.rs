@@ -204,7 +204,13 @@ impl<'a> Driver<'a> {
     /// Makes steps of the device fail soon.
     fn fail(&mut self) {
         let steps = [
-            "allocate", "copy", "clear", "late-flush", "spurious-fault", "overflow", "duplicate-fault",
+            "allocate",
+            "copy",
+            "clear",
+            "late-flush",
+            "spurious-fault",
+            "overflow",
+            "duplicate-fault",
         ];
         let step = steps[self.random.below(steps.len())];
         self.gpu().fail(step, self.random.next() % 16);

@@ -332,9 +332,10 @@ fn judge(error: FaultError, began: Instant) -> Result<(), Refused> {
             Err(Refused::NotMapped)
         }
         FaultError::OutOfMemory { .. } => Err(Refused::Failed),
-        FaultError::NotExclusive { reason: StayReason::Locked | StayReason::OutOfSystemMemory, .. } => {
-            Err(Refused::Failed)
-        }
+        FaultError::NotExclusive {
+            reason: StayReason::Locked | StayReason::OutOfSystemMemory,
+            ..
+        } => Err(Refused::Failed),
         _ if began.elapsed() > PATIENCE => Err(Refused::Stuck(FaultReason::Unserved)),
         _ => {
             std::thread::yield_now();

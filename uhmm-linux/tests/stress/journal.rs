@@ -260,7 +260,8 @@ pub(crate) fn address(page: usize, word: usize) -> u64 {
 
 /// Returns consecutive pages.
 pub(crate) fn range(first: usize, pages: usize) -> PageRange {
-    let first = Page::new(BASE / PAGE_SIZE as u64 + first as u64).expect("an address of the territory");
+    let first =
+        Page::new(BASE / PAGE_SIZE as u64 + first as u64).expect("an address of the territory");
     PageRange::from_pages(first, pages as u64).expect("there are some")
 }
 

@@ -296,7 +296,9 @@ impl Watch {
                 Some(_) => self.journal.pages[page].state() & all,
             };
             if found != expected {
-                return Err(format!("page {page} is mapped as {found:#x}, and not as {expected:#x}"));
+                return Err(format!(
+                    "page {page} is mapped as {found:#x}, and not as {expected:#x}"
+                ));
             }
         }
         Ok(())
@@ -326,7 +328,8 @@ impl Watch {
         // Who sleeps where no signal stops it may be on its way from there; so twice.
         while still < 2 && Instant::now() < until {
             let states = self.thread_states();
-            let stopped = states.iter().all(|(state, _)| matches!(state, 'T' | 't' | 'D' | 'Z' | 'X'));
+            let stopped =
+                states.iter().all(|(state, _)| matches!(state, 'T' | 't' | 'D' | 'Z' | 'X'));
             still = if stopped { still + 1 } else { 0 };
             std::thread::sleep(Duration::from_millis(1));
             if still > 0 && self.thread_states() != states {

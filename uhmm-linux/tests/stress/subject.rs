@@ -1,7 +1,7 @@
 //! The process under test: its threads, its devices, and how they come to rest.
 
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -126,7 +126,8 @@ impl<'a> Looks<'a> {
             }
             Err(refused @ Refused::Stuck(_)) => {
                 let device = self.live.gpus[device].name();
-                self.journal.complain(format_args!("{device}, for actor {}: {refused:?}", self.actor));
+                self.journal
+                    .complain(format_args!("{device}, for actor {}: {refused:?}", self.actor));
                 None
             }
             Err(_) => {
@@ -177,7 +178,8 @@ impl<'a> Looks<'a> {
         let found = read(address(page, 0));
         let mut wrong = None;
         if let Ok((PAGE_SIZE, bytes)) = &found {
-            let words = bytes.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().expect("8")));
+            let words =
+                bytes.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().expect("8")));
             wrong = words.enumerate().find(|&(word, found)| found != sheet.word(word));
             if wrong.is_none() {
                 return;
@@ -223,7 +225,8 @@ impl<'a> Looks<'a> {
         // What it was told of before it was told that it is no more.
         let parsed = journal::parse(found);
         let newest = self.journal.actors[owner].sequence.load(SeqCst);
-        let old = found == 0 || matches!(parsed, Some((of, sequence, at))
+        let old = found == 0
+            || matches!(parsed, Some((of, sequence, at))
             if of == owner && at == word && sequence <= newest);
         if old && (!announced || !readable) {
             self.journal.count(Overlap::stale_load, 1);
@@ -265,7 +268,6 @@ pub(crate) fn run(journal: &'static Journal) {
     // Once for the caches of allocators and stacks.
     Live::attach(journal).detach();
     let live: RwLock<Option<Live>> = RwLock::new(None);
-    let console = Mutex::new(());
     std::thread::scope(|scope| {
         for actor in 0..ACTORS {
             let live = &live;
@@ -273,7 +275,6 @@ pub(crate) fn run(journal: &'static Journal) {
         }
         coordinate(journal, &live);
     });
-    let _ = console;
 }
 
 /// Maps everything, and enters that.
@@ -363,9 +364,7 @@ enum Wait {
 fn wait_for(journal: &'static Journal, command: u64, what: Wait) -> bool {
     loop {
         let there = match what {
-            Wait::Parked => {
-                journal.actors.iter().all(|actor| actor.parked.load(SeqCst) == command)
-            }
+            Wait::Parked => journal.actors.iter().all(|actor| actor.parked.load(SeqCst) == command),
             Wait::Compared => journal.compared.load(SeqCst) == command,
         };
         if there || journal.command.load(SeqCst) != command {
@@ -401,9 +400,8 @@ fn settle(
             {
                 if Instant::now() > deadline {
                     let name = live.gpus[device].name();
-                    journal.complain(format_args!(
-                        "{name} still sees what was in page {page} before"
-                    ));
+                    journal
+                        .complain(format_args!("{name} still sees what was in page {page} before"));
                 }
                 std::thread::yield_now();
             }

@@ -28,7 +28,9 @@ pub(crate) fn read_process(pid: u32, address: u64, bytes: &mut [u8]) -> Result<u
     let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
     let remote = vector(address, bytes.len());
     // SAFETY: the kernel stores within `bytes`, and only loads from the process.
-    result(unsafe { libc::process_vm_readv(pid as i32, &raw const local, 1, &raw const remote, 1, 0) })
+    result(unsafe {
+        libc::process_vm_readv(pid as i32, &raw const local, 1, &raw const remote, 1, 0)
+    })
 }
 
 /// Writes the memory of this process: process_vm_writev(2).
@@ -50,7 +52,11 @@ pub(crate) fn read_file(file: BorrowedFd<'_>, address: u64, length: usize) -> Re
 }
 
 /// Has the kernel copy from an address to a file: pwrite(2).
-pub(crate) fn write_file(file: BorrowedFd<'_>, address: u64, length: usize) -> Result<usize, Errno> {
+pub(crate) fn write_file(
+    file: BorrowedFd<'_>,
+    address: u64,
+    length: usize,
+) -> Result<usize, Errno> {
     let from = std::ptr::without_provenance(address as usize);
     // SAFETY: the kernel loads, or says that it cannot.
     result(unsafe { libc::pwrite(file.as_raw_fd(), from, length, 0) })

@@ -459,9 +459,8 @@ impl<'a> Worker<'a> {
         };
         let process = &self.live.process;
         let done = match announced {
-            true => process.change(from, EventKind::Unmap, || {
-                process.change(to, EventKind::Unmap, relocate)
-            }),
+            true => process
+                .change(from, EventKind::Unmap, || process.change(to, EventKind::Unmap, relocate)),
             false => relocate(),
         };
         if done.is_ok() {
@@ -652,10 +651,14 @@ impl<'a> Worker<'a> {
             && found != old
         {
             let device = self.live.gpus[device].name();
-            self.complain(page, format_args!(
-                "{device} added to {found:#x} {:?}, and it was {old:#x} {:?}",
-                journal::parse(found), journal::parse(old),
-            ));
+            self.complain(
+                page,
+                format_args!(
+                    "{device} added to {found:#x} {:?}, and it was {old:#x} {:?}",
+                    journal::parse(found),
+                    journal::parse(old),
+                ),
+            );
         }
         self.compare_word(page, word);
     }

@@ -115,6 +115,7 @@ impl Objects<'_> {
 }
 
 #[cfg(test)]
+#[allow(dead_code, reason = "for tests/allocator_protocol.rs, which includes this file")]
 impl Shard {
     /// Makes a shard without current spans.
     pub(super) fn new() -> Shard {

@@ -83,6 +83,7 @@ pub(super) struct ClassSpans {
 }
 
 #[cfg(test)]
+#[allow(dead_code, reason = "for tests/allocator_protocol.rs, which includes this file")]
 impl ClassSpans {
     /// Makes what is known of a class without spans.
     pub(super) fn new() -> ClassSpans {
@@ -94,6 +95,7 @@ impl ClassSpans {
 impl Span {
     /// Makes a span that belongs to nobody.
     #[cfg(test)]
+    #[allow(dead_code, reason = "for tests/allocator_protocol.rs, which includes this file")]
     pub(super) fn new() -> Span {
         let [class, hint, next] = [const { AtomicU32::new(0) }; 3];
         let free = [const { AtomicU64::new(0) }; MOST_OBJECTS / BITS as usize];
