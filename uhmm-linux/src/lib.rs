@@ -1,4 +1,4 @@
-//! A live Linux process as an address space.
+#![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
 mod options;
