@@ -22,8 +22,8 @@ const EVENT_PAGEFAULT: u8 = 0x12;
 /// page's address.
 pub(crate) const FILLING: u64 = 0x0b5e_55ed;
 
-/// A thread that fills missing pages of some memory, each with words that are known: a page cache of
-/// the program's own, say.
+/// A thread that fills missing pages of some memory, each with words that are known: a page cache
+/// of the program's own, say.
 #[derive(Debug)]
 pub(crate) struct Handler {
     uffd: Arc<OwnedFd>,
@@ -115,11 +115,7 @@ fn serve(uffd: &OwnedFd, stop: &OwnedFd, answered: &AtomicU64) {
 #[repr(C, align(4096))]
 struct Aligned([u64; PAGE_SIZE / 8]);
 
-fn call<const N: usize>(
-    uffd: &OwnedFd,
-    number: u64,
-    argument: &mut [u64; N],
-) -> Result<(), Errno> {
+fn call<const N: usize>(uffd: &OwnedFd, number: u64, argument: &mut [u64; N]) -> Result<(), Errno> {
     // SAFETY: each argument here is as long as the number says, and what the calls do to memory is
     // to fill in pages that are missing.
     let result = unsafe { libc::ioctl(uffd.as_raw_fd(), number, argument.as_mut_ptr()) };

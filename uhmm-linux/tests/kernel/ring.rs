@@ -109,8 +109,8 @@ impl Ring {
         // SAFETY: the kernel has just made it, for us.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         assert_ne!(params.features & FEAT_SINGLE_MMAP, 0, "both rings are mapped at once");
-        let completions = params.cq_off.dropped as usize
-            + params.cq_entries as usize * size_of::<Completion>();
+        let completions =
+            params.cq_off.dropped as usize + params.cq_entries as usize * size_of::<Completion>();
         let submissions = params.sq_off.array as usize + params.sq_entries as usize * 4;
         let rings_bytes = completions.max(submissions);
         let rings = map(&fd, rings_bytes, OFF_SQ_RING);
