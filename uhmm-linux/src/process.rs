@@ -120,7 +120,8 @@ pub struct ProcessStatistics {
 impl Process {
     /// Attaches to the calling process.
     ///
-    /// On return its memory is an address space that devices can mirror, and pages of it can move.
+    /// On return its memory is an address space that devices can mirror, and pages of it can move,
+    /// unless [`migration`](Process::migration) says why not.
     /// Until then, and while nothing has moved and nothing is mirrored, nothing is different for the
     /// program. A child of it is not attached: in it this value answers that the address space
     /// has ended, and the child may attach by itself.

@@ -4,6 +4,9 @@
 mod common;
 mod kernel;
 
+#[path = "kinds/stays.rs"]
+mod stays;
+
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -20,7 +23,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 use uhmm::policy::Policies;
 use uhmm::{
     Clock, DevicePagemap, MigrateReport, Order, PAGE_SIZE, Page, PageRange, PagemapOptions,
-    Residency, StayReason, Stayed,
+    Residency, StayReason,
 };
 use uhmm_linux::{Options, Process};
 
@@ -185,16 +188,9 @@ fn what_malloc_gave_moves() {
             words.iter_mut().zip(0..).for_each(|(word, index)| *word = index);
             let first = Page::containing(memory as u64).checked_add(1).expect("a page");
             let pages = (bytes / PAGE_SIZE - 2) as u64;
-            let range = PageRange::from_pages(first, pages).expect("pages");
-            // The C library may have put it beside the variables of a thread that serves faults.
-            let assert_moves = || {
-                let report = rig.migrate(range);
-                let reserved = |stayed: &Stayed| stayed.reason == StayReason::Reserved;
-                assert!(report.moved > 0 && report.stayed.iter().all(reserved), "{report:?}");
-            };
-            assert_moves();
+            rig.assert_moves(PageRange::from_pages(first, pages).expect("pages"));
             assert!(words.iter().zip(0..).all(|(&word, index)| word == index));
-            assert_moves();
+            rig.assert_moves(PageRange::from_pages(first, pages).expect("pages"));
             // SAFETY: it was given out by malloc, and is not used any more.
             unsafe { libc::free(memory) };
         }
@@ -205,7 +201,7 @@ fn what_malloc_gave_moves() {
             assert!(report.is_complete(), "{report:?}");
             // SAFETY: asks for memory.
             let memory = unsafe { libc::malloc(1000) };
-            // SAFETY: gives it back.
+            // SAFETY: given out just now, and not used.
             unsafe { libc::free(memory) };
         }
     });
@@ -304,29 +300,38 @@ fn a_large_block_that_is_partly_there_moves() {
     });
 }
 
+/// Where the kernel has told that memory is given up, what is still there may be dropped at any
+/// moment, and leaves only once it has been.
 #[test]
-fn what_was_given_up_moves_as_far_as_it_is_there() {
+fn what_was_given_up_moves_unless_the_kernel_may_still_drop_it() {
     in_own_process(|| {
         let rig = Rig::new();
         let mapping = Mapping::anonymous(64);
-        fill(&mapping);
-        // Before the kernel tells of it, and when it does.
-        for _ in 0..2 {
-            advise(mapping.part(10, 20), libc::MADV_FREE).expect("it is anonymous");
+        let given_up = mapping.part(10, 20);
+        for told in [false, true] {
+            fill(&mapping);
+            advise(given_up, libc::MADV_FREE).expect("it is anonymous");
             let report = rig.migrate(mapping.range());
-            // What may be of before the call stays until it has been seen to be gone.
-            let others = |stayed: &Stayed| {
-                stayed.reason != StayReason::Changed || !mapping.part(10, 20).covers(stayed.pages)
-            };
-            assert!(report.moved >= 44 && !report.stayed.iter().any(others), "{report:?}");
+            for page in mapping.range().iter() {
+                let expected = (told && given_up.contains(page)).then_some(StayReason::Changed);
+                let reason = report.reason(page);
+                assert!(reason.is_none() || reason == expected, "{page}: {report:?}");
+            }
             for index in 0..64 {
                 let word = mapping.peek(index);
-                let given_up = (10..30).contains(&index) && word == 0;
-                assert!(word == 1 + index || given_up, "page {index}: {word}");
+                let dropped = given_up.contains(mapping.page(index)) && word == 0;
+                assert!(word == 1 + index || dropped, "page {index}: {word}");
             }
-            fill(&mapping);
-            assert_filled(&mapping);
         }
+        // What is stored after that stays, and when it is really dropped it moves again.
+        fill(&mapping);
+        rig.migrate(mapping.range());
+        assert_filled(&mapping);
+        advise(given_up, libc::MADV_DONTNEED).expect("it is mapped");
+        rig.migrate(mapping.range());
+        given_up.iter().for_each(|page| assert_eq!(trap::load(page.address()), Ok(0)));
+        fill(&mapping);
+        assert_goes_and_comes(&rig, &mapping);
     });
 }
 
@@ -482,234 +487,5 @@ fn what_was_merged_moves_as_a_copy_of_its_own() {
         for index in 0..32 {
             assert_eq!(mapping.peek(index), if index == 3 { 4 } else { 0x5a3e }, "page {index}");
         }
-    });
-}
-
-// What stays.
-
-#[test]
-fn what_belongs_to_files_and_to_shared_memory_stays() {
-    in_own_process(|| {
-        let rig = Rig::new();
-        let (memory, disk) = (memory_file(8), disk_file(8));
-        let mut mappings = vec![Mapping::new(8, Backing::Shared, RW)];
-        for file in [&memory, &disk] {
-            mappings.push(Mapping::new(8, Backing::File(file.as_fd(), 0), RW));
-            mappings.push(Mapping::new(8, Backing::PrivateFile(file.as_fd(), 0), RW));
-        }
-        for mapping in &mappings {
-            rig.assert_stays(mapping.range(), StayReason::FileBacked);
-            // A private mapping has copies of its own by then.
-            fill(mapping);
-            rig.assert_stays(mapping.range(), StayReason::FileBacked);
-            assert_filled(mapping);
-        }
-        let pages = Order::HUGE.pages();
-        let reserved = Mapping::try_at(place(pages), Backing::HugetlbUnreserved, RW);
-        match reserved {
-            Ok(mapping) => rig.assert_stays(mapping.range(), StayReason::FileBacked),
-            Err(error) => common::loudly(&format!("no hugetlb memory: {error}")),
-        }
-        // The program itself.
-        let code = mapping_at(assert_filled as *const () as u64);
-        rig.assert_stays(code, StayReason::FileBacked);
-    });
-}
-
-#[test]
-fn what_nobody_may_store_to_stays() {
-    in_own_process(|| {
-        let rig = Rig::new();
-        let mapping = Mapping::anonymous(8);
-        fill(&mapping);
-        protect(mapping.range(), R).expect("it is mapped");
-        rig.assert_stays(mapping.range(), StayReason::ReadOnly);
-        assert_filled(&mapping);
-        protect(mapping.range(), NONE).expect("it is mapped");
-        rig.assert_stays(mapping.range(), StayReason::Denied);
-        protect(mapping.range(), W).expect("it is mapped");
-        rig.assert_stays(mapping.range(), StayReason::Unsupported);
-        protect(mapping.range(), R | ProtFlags::EXEC).expect("it is mapped");
-        rig.assert_stays(mapping.range(), StayReason::ReadOnly);
-        protect(mapping.range(), RW | ProtFlags::EXEC).expect("it is mapped");
-        rig.assert_stays(mapping.range(), StayReason::Unsupported);
-        protect(mapping.range(), RW).expect("it is mapped");
-        assert_goes_and_comes(&rig, &mapping);
-    });
-}
-
-#[test]
-fn what_is_locked_stays() {
-    in_own_process(|| {
-        let rig = Rig::new();
-        let mapping = Mapping::anonymous(16);
-        fill(&mapping);
-        lock(mapping.part(4, 8)).expect("root may");
-        rig.assert_moves(mapping.part(0, 4));
-        rig.assert_stays(mapping.part(4, 8), StayReason::Locked);
-        let report = rig.migrate(mapping.range());
-        assert_eq!(report.moved, 4, "{report:?}");
-        assert_filled(&mapping);
-        unlock(mapping.range()).expect("root may");
-        assert_goes_and_comes(&rig, &mapping);
-    });
-}
-
-#[test]
-fn what_is_pinned_stays() {
-    in_own_process(|| {
-        let Some(mut ring) = Ring::new() else {
-            return common::loudly("there is no io_uring here: nothing was tested");
-        };
-        let rig = Rig::new();
-        let mapping = Mapping::anonymous(16);
-        fill(&mapping);
-        // What is out comes home to be pinned.
-        rig.assert_moves(mapping.range());
-        ring.register(mapping.part(4, 8)).expect("it can be pinned");
-        let report = rig.migrate(mapping.range());
-        assert_eq!(report.moved, 0, "{report:?}");
-        for page in mapping.range().iter() {
-            let pinned = mapping.part(4, 8).contains(page);
-            let reason = if pinned { StayReason::Pinned } else { StayReason::AlreadyThere };
-            assert_eq!(report.reason(page), Some(reason), "{report:?}");
-            assert_eq!(is_home(&rig.process, page), pinned, "{page}");
-        }
-        // So that what the kernel writes to it is seen.
-        let file = memory_file(1);
-        rustix::io::pwrite(&file, &77_u64.to_ne_bytes(), 0).expect("it is a file");
-        assert_eq!(ring.read_fixed(&file, mapping.word(5), 8), 8);
-        assert_eq!(mapping.peek(5), 77);
-        mapping.poke(5, 6);
-        assert_filled(&mapping);
-        ring.unregister().expect("it was registered");
-        // The kernel lets go a moment later.
-        assert!(eventually(|| rig.migrate(mapping.range()).is_complete()));
-        assert_filled(&mapping);
-    });
-}
-
-#[test]
-fn what_is_the_kernels_own_stays() {
-    in_own_process(|| {
-        let rig = Rig::new();
-        for name in ["[vdso]", "[vvar]"] {
-            let Some(range) = mapping_named(name) else { continue };
-            rig.assert_stays(range, StayReason::Unsupported);
-        }
-        match secret_file(2) {
-            Err(error) => common::loudly(&format!("there is no secret memory here: {error}")),
-            Ok(file) => {
-                let mapping = Mapping::new(2, Backing::File(file.as_fd(), 0), RW);
-                fill(&mapping);
-                rig.assert_stays(mapping.range(), StayReason::Unsupported);
-                assert_filled(&mapping);
-            }
-        }
-    });
-}
-
-#[test]
-fn what_the_kernel_may_drop_stays() {
-    /// `MAP_DROPPABLE` (Linux 6.11), in place of `MAP_PRIVATE`.
-    const DROPPABLE: u32 = 8;
-    in_own_process(|| {
-        let rig = Rig::new();
-        let range = place(8);
-        let (at, bytes) = (range.address() as usize, range.len() * PAGE_SIZE);
-        let at = std::ptr::without_provenance_mut(at);
-        let flags = MapFlags::from_bits_retain(DROPPABLE) | MapFlags::FIXED;
-        // SAFETY: in the part of the address space that is for tests, where nothing is mapped.
-        match unsafe { rustix::mm::mmap_anonymous(at, bytes, RW, flags) } {
-            Err(error) => common::loudly(&format!("there is no droppable memory here: {error}")),
-            Ok(_) => {
-                trap::store(range.address(), 1).expect("it is mapped");
-                rig.assert_stays(range, StayReason::Unsupported);
-            }
-        }
-    });
-}
-
-#[test]
-fn what_is_guarded_stays_a_guard() {
-    in_own_process(|| {
-        let rig = Rig::new();
-        let mapping = Mapping::anonymous(512);
-        fill(&mapping);
-        let guarded = mapping.part(100, 3);
-        match advise(guarded, GUARD_INSTALL) {
-            Err(Errno::INVAL) => {
-                return common::loudly("there are no guards here: nothing was tested");
-            }
-            result => result.expect("anonymous memory can be guarded"),
-        }
-        let report = rig.migrate(mapping.range());
-        assert_eq!(report.moved, 509, "{report:?}");
-        for page in guarded.iter() {
-            assert_eq!(report.reason(page), Some(StayReason::Denied), "{report:?}");
-            assert!(trap::load(page.address()).is_err(), "{page} is guarded");
-            assert!(trap::store(page.address(), 1).is_err(), "{page} is guarded");
-        }
-        let others = (0..512).filter(|index| !(100..103).contains(index));
-        others.for_each(|index| assert_eq!(mapping.peek(index), 1 + index));
-    });
-}
-
-/// What serving a fault may need: the arena of the Rust allocator, static data, and the stack of a
-/// thread that uses what is attached.
-#[test]
-fn what_a_server_may_need_stays() {
-    static STATIC: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
-    in_own_process(|| {
-        let rig = Rig::new();
-        let (on_stack, on_heap) = (5_u64, Box::new(6_u64));
-        for address in [&raw const on_stack as u64, &raw const *on_heap as u64] {
-            rig.assert_stays(Page::containing(address).into(), StayReason::Reserved);
-        }
-        let page = Page::containing(STATIC.as_ptr() as u64);
-        let reason = rig.migrate(page.into()).reason(page);
-        assert!(
-            matches!(reason, Some(StayReason::FileBacked | StayReason::Reserved)),
-            "{reason:?}"
-        );
-    });
-}
-
-#[test]
-fn what_was_not_named_stays_where_only_some_memory_may_move() {
-    in_own_process(|| {
-        let mapping = Mapping::anonymous(16);
-        fill(&mapping);
-        let process = attach_with(Options::new().manage(mapping.part(4, 4)));
-        let memory = DevicePagemap::register(process.host_memory(64));
-        let rig = Rig { process, memory };
-        let report = rig.migrate(mapping.range());
-        assert_eq!(report.moved, 4, "{report:?}");
-        for page in mapping.part(0, 4).iter().chain(mapping.part(8, 8).iter()) {
-            assert_eq!(report.reason(page), Some(StayReason::Reserved), "{report:?}");
-        }
-        rig.process.manage(mapping.part(8, 8));
-        rig.assert_moves(mapping.part(8, 8));
-        assert_filled(&mapping);
-    });
-}
-
-#[test]
-fn where_nothing_is_mapped_there_is_nothing_to_move() {
-    in_own_process(|| {
-        let rig = Rig::new();
-        let whole = place(16);
-        rig.assert_stays(whole, StayReason::Hole);
-        // Holes around and between.
-        let first = Mapping::at(part(whole, 2, 4), Backing::Anonymous, RW);
-        let second = Mapping::at(part(whole, 8, 4), Backing::Anonymous, RW);
-        let report = rig.migrate(whole);
-        assert_eq!(report.moved, 8, "{report:?}");
-        for page in whole.iter() {
-            let mapped = first.range().contains(page) || second.range().contains(page);
-            let expected = (!mapped).then_some(StayReason::Hole);
-            assert_eq!(report.reason(page), expected, "{page}: {report:?}");
-        }
-        assert_eq!(rig.residency(whole.first()), Residency::Hole);
     });
 }

@@ -1,5 +1,5 @@
-//! Programs that use userfaultfd, seccomp, mlockall or protection keys themselves: they go on to work
-//! as they did, and what cannot be done beside them says so, or ends at once.
+//! Programs that use userfaultfd, seccomp, mlockall or protection keys themselves: they go on to
+//! work as they did, and what cannot be done beside them says so, or ends at once.
 
 mod common;
 mod kernel;
@@ -152,8 +152,8 @@ fn unlock_all() {
     assert_eq!(unsafe { libc::munlockall() }, 0);
 }
 
-/// What a program that locks its memory pays for being attached, at most, in bytes: what is reserved
-/// is not filled.
+/// What a program that locks its memory pays for being attached, at most, in bytes: what is
+/// reserved is not filled.
 const BEARABLE: u64 = 256 << 20;
 
 #[track_caller]
@@ -370,25 +370,34 @@ const VERDICTS: &[(&str, Verdict)] = &[
 const CALL: &str = "UHMM_TEST_CALL";
 const VERDICT: &str = "UHMM_TEST_VERDICT";
 
+/// Closes every descriptor but the first three, as daemons do.
+const CLOSE_ALL: &str = "close_range";
+
 /// How a victim ends that has read something else than what was there.
 const WRONG: i32 = 3;
 
-/// Installs a filter for all threads, while pages are away, and touches them.
+/// Does something to itself while pages are away, and touches them.
 #[test]
 #[ignore = "the test of filters starts it"]
 fn victim() {
     let Ok(call) = std::env::var(CALL) else { return };
     common::die_with_parent(Duration::from_secs(60));
-    let calls = CALLS.iter().find(|(name, _)| *name == call).expect("a call").1;
-    let verdict = std::env::var(VERDICT).expect("one for each call");
-    let verdict = VERDICTS.iter().find(|(name, _)| *name == verdict).expect("a verdict").1;
     let process = attach_with(Options::new().patience(Duration::from_millis(500)));
     let gpu = Gpu::new(64);
     let mappings = [Mapping::anonymous(32), Mapping::anonymous(32)];
     mappings.iter().for_each(fill);
     assert_eq!(process.migrate(mappings[0].range(), &host(&process)).run().moved, 32);
     assert_eq!(process.migrate(mappings[1].range(), &gpu.pagemap).run().moved, 32);
-    forbid(calls, verdict, Threads::All);
+    if call == CLOSE_ALL {
+        // SAFETY: descriptors that are used after this are found closed, which is what is tested.
+        let closed = unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) };
+        assert_eq!(closed, 0, "{}", std::io::Error::last_os_error());
+    } else {
+        let calls = CALLS.iter().find(|(name, _)| *name == call).expect("a call").1;
+        let verdict = std::env::var(VERDICT).expect("one for each call");
+        let verdict = VERDICTS.iter().find(|(name, _)| *name == verdict).expect("a verdict").1;
+        forbid(calls, verdict, Threads::All);
+    }
     for mapping in &mappings {
         for index in 0..32 {
             // An access that is refused is a signal, which is no wrong answer.
@@ -400,46 +409,49 @@ fn victim() {
     common::exit_now(0);
 }
 
-/// A filter that takes away what serves faults is no reason to read zeroes, nor to wait for ever: the
-/// process is served, or refused by a signal, or it ends.
+/// Starts a victim, and sees that it ends by itself and reads nothing that is wrong.
+#[track_caller]
+fn assert_clear_end(call: &str, verdict: &str) {
+    let mut victim = Command::new(std::env::current_exe().expect("a program has a file"))
+        .args(["victim", "--exact", "--include-ignored", "--nocapture"])
+        .env(CALL, call)
+        .env(VERDICT, verdict)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .expect("the program can be started again");
+    let ended = ends_within(victim.id(), Duration::from_secs(30));
+    if !ended {
+        println!("{}", common::stacks::of_process(victim.id()));
+        victim.kill().expect("it is ours");
+    }
+    let status = victim.wait().expect("it is ours");
+    println!("{call}, {verdict}: {status}, by itself: {ended}");
+    assert!(ended, "{call} ({verdict}): it waited for ever");
+    assert_ne!(status.code(), Some(WRONG), "{call} ({verdict}): it read wrong words");
+}
+
+/// A filter that takes away what serves faults is no reason to read zeroes, nor to wait for ever:
+/// the process is served, or refused by a signal, or it ends.
 #[test]
 fn a_filter_that_the_program_installs_is_a_clear_end_or_none() {
-    OwnProcess::new().deadline(Duration::from_secs(240)).run(|| {
-        let mut ends = Vec::new();
+    OwnProcess::new().deadline(Duration::from_secs(300)).run(|| {
         for (call, _) in CALLS {
-            for (verdict, _) in VERDICTS {
-                let mut victim = Command::new(std::env::current_exe().expect("a program"))
-                    .args(["victim", "--exact", "--include-ignored", "--nocapture"])
-                    .env(CALL, call)
-                    .env(VERDICT, verdict)
-                    .stdin(Stdio::null())
-                    .stdout(Stdio::null())
-                    .stderr(Stdio::null())
-                    .spawn()
-                    .expect("the program can be started again");
-                let ended = ends_within(victim.id(), Duration::from_secs(10));
-                if !ended {
-                    println!("{}", common::stacks::of_process(victim.id()));
-                    victim.kill().expect("it is ours");
-                }
-                let status = victim.wait().expect("it is ours");
-                println!("{call}, {verdict}: {status}, by itself: {ended}");
-                ends.push((call, verdict, status, ended));
-            }
-        }
-        for (call, verdict, status, ended) in ends {
-            assert!(ended, "without {call} ({verdict}) it waited for ever");
-            assert_ne!(
-                status.code(),
-                Some(WRONG),
-                "without {call} ({verdict}) it read wrong words"
-            );
+            VERDICTS.iter().for_each(|(verdict, _)| assert_clear_end(call, verdict));
         }
     });
 }
 
-/// What is shared with other processes is seen by nobody here, which `docs/limitations.md` says; but
-/// it is the same memory.
+/// A userfaultfd that is closed lets everybody who waits read zeroes. So nobody can close the last
+/// descriptor of it.
+#[test]
+fn a_program_that_closes_descriptors_that_are_not_its_own_reads_no_zeroes() {
+    in_own_process(|| (0..20).for_each(|_| assert_clear_end(CLOSE_ALL, "")));
+}
+
+/// What is shared with other processes is seen by nobody here, which `docs/limitations.md` says;
+/// but it is the same memory.
 #[test]
 fn a_file_that_another_process_writes_to_is_what_a_device_reads() {
     in_own_process(|| {

@@ -1,5 +1,6 @@
 //! What is decided, for kernels and users other than those at hand.
 
+use super::words::MAPPINGS;
 use super::*;
 
 /// A kernel that has everything and permits everything, but for these.

@@ -210,21 +210,19 @@ impl Space {
             return self.copy_run(self.zeroes.first().into(), prefix(to, 1));
         }
         if !poisoned && (pool.is_staging() || to.pages() >= MOVED_FROM_BUFFERS) {
-            let progress = self.kernel.move_home(from, to.first());
-            if progress.pages > 0 {
-                pool.empty(prefix(from, progress.pages));
-                return Step::Done(progress.pages);
-            }
-            match progress.result {
-                Err(Errno::AGAIN) => return Step::Again,
-                Err(Errno::EXIST) => return self.skip(to.first()),
+            match self.move_run(pool, from, to) {
                 // The mapping does not allow stores any more, or is locked, or a device has pinned
                 // the page, or the mapping is gone: to copy is possible, or says so.
-                _ => {}
+                Step::NoMemory | Step::Gone => {}
+                step => return step,
             }
         }
         if !pool.is_staging() {
-            return self.copy_run(from, to);
+            return match self.copy_run(from, to) {
+                // What to move does not take is a look at what is there.
+                Step::NoMemory if !poisoned => self.move_run(pool, from, to),
+                step => step,
+            };
         }
         // To copy from a page that is not there would be a fault of ours, on us.
         match self.first_run(from, Categories::PRESENT | Categories::SWAPPED) {
@@ -236,6 +234,14 @@ impl Space {
             // Where it cannot be said, it stays for now.
             Err(_) => Step::NoMemory,
         }
+    }
+
+    fn move_run(&self, pool: &Pool, from: PageRange, to: PageRange) -> Step {
+        let progress = self.kernel.move_home(from, to.first());
+        if progress.pages > 0 {
+            pool.empty(prefix(from, progress.pages));
+        }
+        self.judge(progress.pages, progress.result, to)
     }
 
     /// Copies pages home. The kernel replaces guards by copies, as it does marks of poison, so they
@@ -258,6 +264,13 @@ impl Space {
             Err(_) if pages > 0 => Step::Done(pages),
             Err(Errno::AGAIN) => Step::Again,
             Err(Errno::EXIST) => self.skip(to.first()),
+            // The kernel looks for the mapping first, and only then whether mappings change: this one
+            // may be moving just now, with the pages.
+            Err(Errno::NOENT | Errno::INVAL | Errno::FAULT | Errno::SRCH)
+                if self.kernel.uffd().changing() =>
+            {
+                Step::Again
+            }
             Err(Errno::NOENT | Errno::INVAL | Errno::FAULT | Errno::SRCH) => Step::Gone,
             Err(_) => Step::NoMemory,
         }

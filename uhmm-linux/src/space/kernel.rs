@@ -98,13 +98,37 @@ impl Kernel {
         self.progress("move", Errno::NOMEM, || self.uffd.move_pages(from, to, options))
     }
 
-    /// Says what the kernel says to moving nothing: pages that do not exist, from `nothing` on, to
-    /// `range`. EINVAL says that this is not one mapping, registered with us, that pages can move to
-    /// from there; ENOENT and EEXIST say that it is.
+    /// Asks whether `range` is one mapping, registered with us, that pages can move to, by moving
+    /// nothing there: pages that do not exist, from `nothing` on.
+    ///
+    /// EINVAL says that it is not, ENOENT that there is no mapping, EAGAIN that mappings change now.
     pub(super) fn ask(&self, nothing: Page, range: PageRange) -> Result<(), Errno> {
-        let options = MoveOptions { wake: false, allow_holes: false };
+        let options = MoveOptions { wake: false, allow_holes: true };
         let nothing = PageRange::from_pages(nothing, range.pages()).expect("as many pages");
-        self.uffd.move_pages(nothing, range.first(), options).result
+        let progress = self.uffd.move_pages(nothing, range.first(), options);
+        match progress.result {
+            // It came as far as to a page that is there.
+            Err(_) if progress.pages > 0 => Ok(()),
+            Err(Errno::EXIST) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Tells whether `page` is of a mapping that is registered with us, whatever that mapping allows,
+    /// by copying there from where nothing can be read.
+    ///
+    /// # Errors
+    ///
+    /// EAGAIN: mappings change now, so it cannot be told.
+    pub(super) fn is_registered(&self, unreadable: Page, page: Page) -> Result<bool, Errno> {
+        match self.uffd.copy(unreadable, page.into(), false).result {
+            Err(Errno::FAULT | Errno::EXIST) => Ok(true),
+            // The kernel looks for the mapping first: it may just have moved.
+            Err(Errno::NOENT) if self.uffd.changing() => Err(Errno::AGAIN),
+            Err(Errno::NOENT) => Ok(false),
+            Err(error) => Err(error),
+            Ok(()) => unreachable!("what cannot be read cannot be copied"),
+        }
     }
 
     pub(super) fn copy_home(&self, from: Page, to: PageRange) -> Progress {

@@ -32,6 +32,7 @@ mod buddy;
 mod exclusive;
 mod fault;
 mod fork;
+mod guardian;
 mod hash;
 mod home;
 mod host;
@@ -39,6 +40,7 @@ mod isolation;
 pub(crate) mod kernel;
 
 mod memory;
+mod placement;
 mod pool;
 mod registration;
 mod reserved;
@@ -55,7 +57,8 @@ use mmu_notifier::{Event, Owner, Subscriptions};
 use rustix::io::Errno;
 use uhmm::backend::{Backend, Isolation, Select};
 use uhmm::{
-    Access, Coherence, Death, FaultError, Order, PageEntry, PageRange, SpaceId, SystemMemory,
+    Access, Coherence, Death, FaultError, Order, PAGE_SIZE, Page, PageEntry, PageRange, SpaceId,
+    SystemMemory,
 };
 
 pub use host::HostMemory;
@@ -65,6 +68,7 @@ use pool::{Pool, PoolBlock};
 use serve::Servers;
 use state::State;
 
+use crate::sys::region::{Region, RegionOptions};
 use crate::sys::sentinel::Sentinel;
 use crate::sys::userfaultfd::{Message, Messages};
 
@@ -75,6 +79,8 @@ pub(crate) struct Space {
     kernel: Arc<Kernel>,
     staging: Arc<Pool>,
     buffers: Arc<Pool>,
+    /// Where nothing can be read.
+    unreadable: Region,
     /// A page of zeroes.
     zeroes: PoolBlock,
     /// How long a page may fail to come home before the access to it fails.
@@ -169,6 +175,9 @@ impl Space {
         let kernel = Arc::new(parts.kernel);
         let staging = Pool::staging(parts.staging_bytes, MIN_STAGING, &kernel)?;
         let buffers = Pool::buffers(parts.staging_bytes, MIN_STAGING)?;
+        let inaccessible =
+            RegionOptions { dont_fork: true, grows: true, ..RegionOptions::default() };
+        let unreadable = Region::reserve(PAGE_SIZE, inaccessible)?;
         let zeroes = buffers.allocate(Order::PAGE).ok_or(Errno::NOMEM)?;
         // It is there from now on: a copy from it is no fault.
         buffers.write(zeroes.first(), 0, &[0; 8]);
@@ -195,6 +204,7 @@ impl Space {
             kernel,
             staging,
             buffers,
+            unreadable,
             zeroes,
             patience: parts.patience,
             state: Mutex::new(state),
@@ -210,6 +220,7 @@ impl Space {
         space.hook_forks()?;
         space.start_servers(parts.servers)?;
         space.watch_forks()?;
+        space.start_guardian()?;
         Ok(space)
     }
 
@@ -246,32 +257,40 @@ impl Space {
     fn drain(&self, state: &mut State) {
         loop {
             self.read_messages(state);
-            if !self.kernel.uffd().changing() {
+            if !self.kernel.uffd().changing() && self.decide_disputes(state) {
                 break;
             }
             std::thread::yield_now();
         }
         // Whatever forked is known by now.
         state.released.clear();
-        self.decide_disputes(state);
         if !state.faults.is_empty() || self.leaves_aftermath(state) {
             self.call_leader();
         }
     }
 
-    /// Finds out whether what was said to be unmapped is what was moved there later. No event is under
-    /// way, so what the kernel says of it is true.
-    fn decide_disputes(&self, state: &mut State) {
-        for range in std::mem::take(&mut state.disputed) {
-            let blocks: Vec<PageRange> =
-                state.overlapping(range).map(|(first, extent)| first.block(extent.order)).collect();
-            for block in blocks {
-                if self.kernel.ask(self.staging.nothing(), block) == Err(Errno::INVAL) {
-                    state.unmap(block);
+    /// Finds out whether what was said to be unmapped is what was moved there later, while no event
+    /// is under way; `false` if one has begun.
+    fn decide_disputes(&self, state: &mut State) -> bool {
+        while let Some(range) = state.disputed.pop() {
+            let out = |(first, extent): (Page, &state::Extent)| {
+                first.block(extent.order).intersection(range).expect("they overlap")
+            };
+            let out: Vec<PageRange> = state.overlapping(range).map(out).collect();
+            for page in out.into_iter().flat_map(|pages| pages.iter().collect::<Vec<_>>()) {
+                // What was moved there has brought its registration along.
+                match self.kernel.is_registered(self.unreadable.range().first(), page) {
+                    Ok(true) => {}
+                    Ok(false) => state.unmap(page.into()),
+                    Err(_) => {
+                        state.disputed.push(range);
+                        return false;
+                    }
                 }
             }
         }
         state.superseded = rangemap::RangeSet::new();
+        true
     }
 
     /// Reads and applies what there is to read, without waiting, and tells whether there was

@@ -186,17 +186,15 @@ impl Space {
     pub(super) fn confirm(&self, state: &mut State, range: PageRange) -> Result<(), Errno> {
         let nothing = self.staging.nothing();
         match self.kernel.ask(nothing, range) {
-            Err(Errno::NOENT | Errno::EXIST) => return Ok(()),
             Err(Errno::INVAL) => {}
+            // The caller must not take it for what a page that is not there is.
+            Err(Errno::NOENT) => return Err(Errno::FAULT),
             other => return other,
         }
         // Done again it is no less than it was, and what refuses then is not this.
         self.kernel.register(range, Modes::MISSING)?;
         state.registered.insert(numbers(range), Registered::Missing);
-        match self.kernel.ask(nothing, range) {
-            Err(Errno::NOENT | Errno::EXIST) => Ok(()),
-            other => other,
-        }
+        self.kernel.ask(nothing, range)
     }
 
     /// Gives up the registration of chunks that have nothing out. Where one cannot be given up it

@@ -12,6 +12,7 @@
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -22,8 +23,10 @@ use rustix::io::Errno;
 use smallvec::SmallVec;
 use uhmm::{DevicePagemap, FaultError, Order, Page, PageRange};
 
+use super::placement::Placement;
 use super::state::{Aftermath, Fault, Place, State, chunk_of};
 use super::{Space, count, fatal, lock};
+use crate::sys::pidfd::Pidfd;
 use crate::sys::thread::{self, BusCode};
 
 /// How long a chunk that has become empty stays registered, and a fault waits that could not be
@@ -40,6 +43,11 @@ pub(super) struct Servers {
     /// Can be read when the leader is to look what there is to do.
     bell: OwnedFd,
     pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Each of them, as far as the kernel tells of its end.
+    lives: Mutex<Vec<Arc<Pidfd>>>,
+    /// Whether they are to end.
+    stopping: AtomicBool,
+    placement: Mutex<Placement>,
     team: Mutex<Team>,
     turn: Condvar,
 }
@@ -94,6 +102,9 @@ impl Servers {
             stop,
             bell,
             threads: Mutex::default(),
+            lives: Mutex::default(),
+            stopping: AtomicBool::new(false),
+            placement: Mutex::new(Placement::new()),
             team: Mutex::default(),
             turn: Condvar::new(),
         })
@@ -102,6 +113,17 @@ impl Servers {
     /// Returns a descriptor that means nothing to anybody else.
     pub(super) fn bell(&self) -> BorrowedFd<'_> {
         self.bell.as_fd()
+    }
+
+    /// Tells whether the threads may end.
+    pub(super) fn are_stopping(&self) -> bool {
+        // Acquire: whoever has seen one end sees why; partner of the store in `stop_servers`.
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Returns what tells of the end of each thread.
+    pub(super) fn lives(&self) -> Vec<Arc<Pidfd>> {
+        lock(&self.lives).clone()
     }
 
     fn ring(&self) {
@@ -154,7 +176,10 @@ impl Servers {
 impl Space {
     pub(super) fn start_servers(&self, servers: usize) -> Result<(), Errno> {
         for _ in 0..servers.max(2) {
-            self.start_server("uhmm-server", Space::serve)?;
+            self.start_server("uhmm-server", |space| {
+                lock(&space.servers.placement).add(thread::gettid());
+                space.serve();
+            })?;
         }
         Ok(())
     }
@@ -173,7 +198,7 @@ impl Space {
         let started = thread::spawn(name, move || {
             space.reserve_this_thread();
             // Whoever started it waits for this, or has ended.
-            let _ = ready.send(());
+            let _ = ready.send(Pidfd::open_thread(thread::gettid()).ok());
             drop(ready);
             work(&space);
         });
@@ -185,24 +210,30 @@ impl Space {
             }
         }
         // It ends without a word only by a panic, of which it tells itself.
-        let _ = is_ready.recv();
+        if let Ok(Some(life)) = is_ready.recv() {
+            lock(&self.servers.lives).push(Arc::new(life));
+        }
         Ok(())
     }
 
     /// Ends the servers, and waits for those that are not the calling thread.
     pub(super) fn stop_servers(&self) {
-        lock(&self.servers.team).stopping = true;
-        self.servers.turn.notify_all();
-        self.servers.ring();
+        // Release: before any ends, so that the guardian knows; partner of `are_stopping`.
+        self.servers.stopping.store(true, Ordering::Release);
         if let Err(error) = rustix::io::write(&self.servers.stop, &1_u64.to_ne_bytes()) {
             fatal("the servers cannot be told to end", error);
         }
+        lock(&self.servers.team).stopping = true;
+        self.servers.turn.notify_all();
+        self.servers.ring();
         let this = std::thread::current().id();
         for thread in std::mem::take(&mut *lock(&self.servers.threads)) {
             if thread.thread().id() != this && thread.join().is_err() {
                 fatal("a server has panicked", Errno::FAULT);
             }
         }
+        // Not by the guardian, which has descriptors of its own.
+        lock(&self.servers.lives).clear();
     }
 
     fn serve(&self) {
@@ -232,12 +263,14 @@ impl Space {
     /// touched the next one by now, and to read is less work than to be woken.
     fn lead(&self) -> Option<Task> {
         let mut due: Option<Instant> = None;
+        let mut slept = false;
         loop {
             let mut tasks = Tasks::new();
-            let found = {
+            let (found, faulting) = {
                 let mut state = self.lock();
                 let state = &mut *state;
                 let found = self.read_messages(state);
+                let faulting = state.faults.front().map(|fault| fault.thread);
                 if !state.superseded.is_empty() {
                     self.drain(state);
                 }
@@ -256,17 +289,21 @@ impl Space {
                 if unfinished && due.is_none() {
                     due = Some(Instant::now() + PAUSE);
                 }
-                found
+                (found, faulting)
             };
             let wanted = tasks.len();
             tasks.retain(|task| !self.perform_at_once(task));
             let performed = tasks.len() < wanted;
+            if let Some(thread) = faulting.filter(|_| slept) {
+                lock(&self.servers.placement).note(thread);
+            }
             if !tasks.is_empty()
                 && let Some(task) = self.servers.hand_over(tasks)
             {
                 return Some(task);
             }
-            if !found && !performed && !self.wait_for_message(due) {
+            slept = !found && !performed;
+            if slept && !self.wait_for_message(due) {
                 return None;
             }
         }

@@ -152,7 +152,7 @@ pub(super) struct State {
     pub(super) own: RangeSet<u64>,
     /// What may move, if not everything.
     pub(super) managed: Option<RangeSet<u64>>,
-    pub(super) isolations: BTreeMap<IsolationId, IsolationState>,
+    pub(super) isolations: NumberMap<IsolationId, IsolationState>,
     /// What threads wait for: the isolations, by the waiting thread.
     pub(super) waiting: BTreeMap<u64, IsolationId>,
     /// What threads that have an isolation of their own are having faulted in by the kernel.
@@ -222,7 +222,7 @@ impl State {
             reserved: RangeSet::new(),
             own: RangeSet::new(),
             managed: None,
-            isolations: BTreeMap::new(),
+            isolations: NumberMap::default(),
             waiting: BTreeMap::new(),
             populating: BTreeMap::new(),
             faults: VecDeque::new(),

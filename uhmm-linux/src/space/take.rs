@@ -41,6 +41,9 @@ enum Fate {
 /// How often the kernel may put off to move a block before it stays.
 const TRIES: u32 = 1000;
 
+/// How often a range is taken while the program locks all its memory, again and again.
+const TRIES_TO_UNLOCK: u32 = 2;
+
 impl Space {
     /// Does what [`Backend::isolate`](uhmm::Backend::isolate) says of pages in system memory.
     pub(super) fn take_from_system(&self, range: PageRange, to: Owner) -> ProcessIsolation {
@@ -50,6 +53,22 @@ impl Space {
             return isolation;
         }
         self.reserve_this_thread();
+        for _ in 0..TRIES_TO_UNLOCK {
+            let taken = self.take_what_moves(range, to);
+            self.settle_unless_leading();
+            if !self.unlock_staging() {
+                return taken;
+            }
+            // The program had locked all its memory, ours too, so that what is locked could move. It
+            // goes back, and from now on it stays.
+        }
+        isolation.stay(range, StayReason::Busy);
+        isolation
+    }
+
+    /// Takes what the kernel moves to staging.
+    fn take_what_moves(&self, range: PageRange, to: Owner) -> ProcessIsolation {
+        let mut isolation = ProcessIsolation::empty(self);
         let candidates = self.candidates(range, &mut |pages, reason| isolation.stay(pages, reason));
         let (Some(first), Some(last)) = (candidates.first(), candidates.last()) else {
             return isolation;
@@ -60,19 +79,12 @@ impl Space {
             .notifiers
             .invalidate_range_start(Event::new(EventKind::Migrate, covered.va_range()));
         let mut shared = Vec::new();
-        self.unlock_staging();
         for candidate in &candidates {
             self.take_candidate(&mut isolation, *candidate, to, &mut |page| shared.push(page));
         }
         self.take_shared(&mut isolation, &candidates, &mut shared, to);
-        if self.unlock_staging() {
-            // The program has just locked all its memory, ours too, so that what is locked could move.
-            drop(std::mem::replace(&mut isolation, ProcessIsolation::empty(self)));
-            isolation.stay(range, StayReason::Busy);
-        }
         drop(announced);
         isolation.sort();
-        self.settle_unless_leading();
         isolation
     }
 
@@ -373,7 +385,16 @@ impl Space {
                 continue;
             }
             let page = PageRange::from(rest.first());
-            let (done, fate) = match progress.result {
+            let mut absent = page;
+            let result = match progress.result {
+                // The kernel says the same where the mapping has just gone, and no event has said so.
+                Err(Errno::NOENT) => {
+                    absent = self.absent(rest);
+                    self.confirm(state, absent).and(Err(Errno::NOENT))
+                }
+                result => result,
+            };
+            let (done, fate) = match result {
                 Ok(()) => break,
                 Err(Errno::AGAIN) => {
                     count(&self.counters.retries, 1);
@@ -393,7 +414,7 @@ impl Space {
                     // What is mapped here now was not what was to be taken; or is busy.
                     (rest, Fate::Stayed(StayReason::Changed))
                 }
-                Err(Errno::NOENT) => (self.absent(rest), Fate::Zero),
+                Err(Errno::NOENT) => (absent, Fate::Zero),
                 Err(Errno::BUSY) => (page, Fate::Shared),
                 Err(Errno::INVAL) => {
                     let mapped = self.pages_in_one_mapping(rest);

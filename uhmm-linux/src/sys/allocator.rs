@@ -7,11 +7,11 @@
 //! never moves, except what it allocates within [`movable`].
 //!
 //! Nothing in the arena takes a lock or waits for another thread. That is why it is not one of the
-//! arenas to be had, which all have a lock around them: any thread may be stopped anywhere by a
-//! fault on its own stack, which only a thread that allocates can end, and may be left behind in the
-//! middle by `fork`. Here a thread that stops keeps at most one span of 64 KiB from the others. So
-//! nothing need be done around `fork`: the child goes on with what its parent had, without what
-//! other threads of the parent held in their hands at that moment.
+//! arenas to be had, which have a lock around them: any thread may be stopped anywhere by a fault
+//! on its own stack, which only a thread that allocates can end, and may be left behind in the
+//! middle by `fork`. Here a thread that stops keeps only what it has in its hands from the others,
+//! who take something else. So nothing need be done around `fork`: the child goes on with what its
+//! parent had, without what other threads of the parent held in their hands at that moment.
 //!
 //! * `classes`: the sizes of small objects.
 //! * `spans` and `objects`: small objects; the protocol, and what it is used for.
@@ -167,10 +167,10 @@ impl<A> Allocator<A> {
     }
 }
 
-// SAFETY: memory of the arena belongs to one allocation until that is freed: see `spans` and `runs`.
-// What is aligned and how large it is follows from the class or the run. Everything else is done by
-// `A`, which is a global allocator, and gets back only what came from it: the arena's addresses are
-// its own for ever. Nothing here unwinds.
+// SAFETY: memory of the arena belongs to one allocation until that is freed: see `spans` and
+// `runs`. What is aligned and how large it is follows from the class or the run. Everything else is
+// done by `A`, which is a global allocator, and gets back only what came from it: the arena's
+// addresses are its own for ever. Nothing here unwinds.
 unsafe impl<A: GlobalAlloc> GlobalAlloc for Allocator<A> {
     #[inline]
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {

@@ -1,7 +1,7 @@
 //! Processes for tests: one of its own for a test that forks, and its children.
 //!
-//! A test that forks would have every userfaultfd of every other test in the process see it. It runs
-//! [`alone`] instead, in a process that does nothing else.
+//! A test that forks would have every userfaultfd of every other test in the process see it. It
+//! runs [`alone`] instead, in a process that does nothing else.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;

@@ -125,8 +125,8 @@ impl Wiped {
     }
 }
 
-/// Finds the ranges in the text of a `smaps` file: a line with the addresses of a mapping, lines with
-/// its properties, and a last one with its flags.
+/// Finds the ranges in the text of a `smaps` file: a line with the addresses of a mapping, lines
+/// with its properties, and a last one with its flags.
 fn wiped_in(smaps: &str) -> Vec<PageRange> {
     let mut ranges = Vec::new();
     let mut mapping = None;

@@ -23,8 +23,8 @@ pub(crate) fn segments() -> Vec<PageRange> {
     })
 }
 
-/// Returns the pages of the calling thread's thread-local variables, of all objects for which it has
-/// any by now, in ascending order, neighbours merged.
+/// Returns the pages of the calling thread's thread-local variables, of all objects for which it
+/// has any by now, in ascending order, neighbours merged.
 pub(crate) fn thread_local_segments() -> Vec<PageRange> {
     collect(|info, ranges| {
         if info.dlpi_tls_data.is_null() {

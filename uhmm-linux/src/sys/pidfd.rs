@@ -8,8 +8,8 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags};
 
-/// A process, held so that its number cannot come to mean another one (`pidfd_open`, Linux 5.3). Its
-/// descriptor can be polled: it is readable from the end of the process on.
+/// A process, held so that its number cannot come to mean another one (`pidfd_open`, Linux 5.3).
+/// Its descriptor can be polled: it is readable from the end of the process on.
 #[derive(Debug)]
 pub(crate) struct Pidfd(OwnedFd);
 
@@ -24,8 +24,8 @@ impl Pidfd {
         rustix::process::pidfd_open(pid, PidfdFlags::empty()).map(Pidfd)
     }
 
-    /// Opens thread `tid` of this process (`PIDFD_THREAD`, Linux 6.9): its descriptor is readable from
-    /// the end of that thread on.
+    /// Opens thread `tid` of this process (`PIDFD_THREAD`, Linux 6.9): its descriptor is readable
+    /// from the end of that thread on.
     ///
     /// # Errors
     ///

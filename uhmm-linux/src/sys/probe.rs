@@ -38,7 +38,8 @@ pub(crate) fn locks_future_mappings() -> bool {
 /// `EINVAL` if it does not.
 pub(crate) fn populate() -> Result<(), Errno> {
     [Advice::LinuxPopulateRead, Advice::LinuxPopulateWrite].into_iter().try_for_each(|advice| {
-        // SAFETY: advice about no bytes at all does nothing; whether it is known is looked at first.
+        // SAFETY: advice about no bytes at all does nothing; whether it is known is looked at
+        // first.
         unsafe { rustix::mm::madvise(ptr::null_mut(), 0, advice) }
     })
 }

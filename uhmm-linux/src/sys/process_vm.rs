@@ -1,15 +1,16 @@
 //! The memory of this process, accessed as the kernel accesses it for a system call.
 //!
 //! `process_vm_readv` and `process_vm_writev` on oneself obey the permissions of the mapping, say
-//! `EFAULT` where an access would be a signal, and wait for the userfaultfd where a page is missing.
-//! They are how a device's driver reaches memory that the program may unmap at any moment.
+//! `EFAULT` where an access would be a signal, and wait for the userfaultfd where a page is
+//! missing. They are how a device's driver reaches memory that the program may unmap at any moment.
 //!
 //! # Safety argument
 //!
-//! [`read()`] fills a slice that the caller borrows, so it is safe. [`write()`] changes memory that it
-//! does not borrow, as `/proc/self/mem` or a debugger would; it is no `unsafe fn` because no
+//! [`read()`] fills a slice that the caller borrows, so it is safe. [`write()`] changes memory that
+//! it does not borrow, as `/proc/self/mem` or a debugger would; it is no `unsafe fn` because no
 //! condition on its arguments could make it sound: which memory a device writes, and when, is up to
-//! the program that handed the memory to the device, and is its obligation as it is towards hardware.
+//! the program that handed the memory to the device, and is its obligation as it is towards
+//! hardware.
 
 use core::ffi::c_void;
 

@@ -57,8 +57,9 @@ pub(crate) struct RegionOptions {
     /// (`MADV_NOHUGEPAGE`); `None` leaves it to the setting of the machine. A kernel without
     /// transparent huge pages ignores it.
     pub(crate) huge: Option<bool>,
-    /// Nothing of it can be accessed until it is [reached](Region::reach). Whoever has a large region
-    /// and uses little of it wants this: `mlockall(MCL_CURRENT)` fills all that can be accessed.
+    /// Nothing of it can be accessed until it is [reached](Region::reach). Whoever has a large
+    /// region and uses little of it wants this: `mlockall(MCL_CURRENT)` fills all that can be
+    /// accessed.
     pub(crate) grows: bool,
 }
 
@@ -156,14 +157,14 @@ impl Region {
         unsafe { rustix::mm::munlock(self.pointer(), self.bytes) }
     }
 
-    /// Tells whether this process has the region: a child of the one that made it does not if it was
-    /// made with [`dont_fork`](RegionOptions::dont_fork), and must not touch it then.
+    /// Tells whether this process has the region: a child of the one that made it does not if it
+    /// was made with [`dont_fork`](RegionOptions::dont_fork), and must not touch it then.
     pub(crate) fn is_here(&self) -> bool {
         self.only.is_none_or(|process| process == rustix::process::getpid())
     }
 
-    /// Like [`reserve`](Region::reserve), and as long as there is no room for `bytes`, tries half as
-    /// much, down to `at_least`.
+    /// Like [`reserve`](Region::reserve), and as long as there is no room for `bytes`, tries half
+    /// as much, down to `at_least`.
     ///
     /// # Errors
     ///
@@ -346,8 +347,8 @@ impl Region {
         let first = self.base.as_ptr().wrapping_add(start - skip).cast::<AtomicU64>();
         // SAFETY: the memory is mapped and accessible while `self` is borrowed, and a region is a
         // whole number of words and aligned to more than one (invariant 1), any eight bytes are an
-        // `AtomicU64`, and all accesses are of that kind (invariant 2). The size fits `isize` because
-        // no mapping is larger.
+        // `AtomicU64`, and all accesses are of that kind (invariant 2). The size fits `isize`
+        // because no mapping is larger.
         let words = unsafe { core::slice::from_raw_parts(first, (skip + bytes).div_ceil(WORD)) };
         (words, skip)
     }
@@ -387,7 +388,8 @@ fn head_bytes(skip: usize, bytes: usize) -> usize {
     if skip == 0 { 0 } else { (WORD - skip).min(bytes) }
 }
 
-/// Replaces the bytes of `word` from `skip` by `data`, and leaves the others to whoever writes them.
+/// Replaces the bytes of `word` from `skip` by `data`, and leaves the others to whoever writes
+/// them.
 fn replace(word: &AtomicU64, skip: usize, data: &[u8]) {
     let merge = |current: u64| {
         let mut bytes = current.to_ne_bytes();

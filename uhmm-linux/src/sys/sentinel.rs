@@ -12,7 +12,7 @@
 //! page that nobody may access.
 
 use std::ffi::c_void;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
@@ -106,6 +106,12 @@ impl Sentinel {
     /// Tells whether a fork is under way of which this has been, or will be, told.
     pub(crate) fn forking(&self) -> bool {
         self.uffd.changing()
+    }
+}
+
+impl AsFd for Sentinel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.uffd.as_fd()
     }
 }
 

@@ -9,12 +9,13 @@
 
 use std::io::Write;
 use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::thread::JoinHandle;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::Pid;
-use rustix::thread::CpuSet;
+use rustix::thread::{CpuSet, UnshareFlags};
 use uhmm::PageRange;
 use uhmm::mmu_notifier::VaRange;
 
@@ -27,8 +28,9 @@ const TLS_BYTES: u64 = 64 << 10;
 /// from the one after the name (proc_pid_stat(5), field 39).
 const PROCESSOR_FIELD: usize = 39 - 3;
 
-/// Starts a thread that no signal reaches: all are blocked from before its first instruction, except
-/// the two that the C library keeps for itself (`setuid` of another thread waits for one of them).
+/// Starts a thread that no signal reaches: all are blocked from before its first instruction,
+/// except the two that the C library keeps for itself (`setuid` of another thread waits for one of
+/// them).
 ///
 /// # Errors
 ///
@@ -99,9 +101,10 @@ pub(crate) fn stack_of_this_thread() -> Result<PageRange, Errno> {
     covering(start.addr() as u64, bytes as u64).ok_or(Errno::RANGE)
 }
 
-/// Returns the 64 KiB on each side of the calling thread's thread pointer: its control block and its
-/// thread-local variables of the objects that were loaded when the program began. Those of objects
-/// loaded later are told by [`thread_local_segments`](super::objects::thread_local_segments).
+/// Returns the 64 KiB on each side of the calling thread's thread pointer: its control block and
+/// its thread-local variables of the objects that were loaded when the program began. Those of
+/// objects loaded later are told by
+/// [`thread_local_segments`](super::objects::thread_local_segments).
 pub(crate) fn tls_of_this_thread() -> PageRange {
     // SAFETY: `pthread_self` has no conditions.
     let this = unsafe { libc::pthread_self() } as u64;
@@ -163,8 +166,8 @@ fn blocked_in(status: &[u8]) -> Option<u64> {
     u64::from_str_radix(str::from_utf8(digits).ok()?.trim(), 16).ok()
 }
 
-/// Sends thread `tid` of this process the signal that the kernel sends where it cannot bring a page,
-/// with the address, the code `SI_QUEUE`, and the reason as `si_errno`.
+/// Sends thread `tid` of this process the signal that the kernel sends where it cannot bring a
+/// page, with the address, the code `SI_QUEUE`, and the reason as `si_errno`.
 ///
 /// # Errors
 ///
@@ -225,8 +228,59 @@ pub(crate) fn processor_of(tid: u32) -> Result<u32, Errno> {
     processor_in(&text[..length]).ok_or(Errno::IO)
 }
 
-/// Finds the processor in the text of a `stat` file. The name, which may hold spaces and parentheses
-/// of its own, ends at the last parenthesis.
+/// Gives the calling thread descriptors of its own, and closes all of them but `kept`: whatever the
+/// others close, what is behind those stays open while this thread lives (`CLONE_FILES` of
+/// unshare(2), and close_range(2), Linux 5.9).
+///
+/// Nothing that this thread uses after this may be among the others.
+///
+/// # Errors
+///
+/// `ENOMEM`, `EMFILE`; `ENOSYS` before Linux 5.9; `EPERM` where a sandbox forbids it. The thread
+/// may have descriptors of its own then, and all of them.
+pub(crate) fn keep_descriptors(kept: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+    // SAFETY: the numbers mean the same as before, in a table of this thread's own.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FILES) }?;
+    let mut kept: Vec<u32> = kept.iter().map(|fd| fd.as_raw_fd().unsigned_abs()).collect();
+    kept.sort_unstable();
+    let mut next = 0;
+    for fd in kept.into_iter().map(Some).chain([None]) {
+        let last = fd.map_or(Some(u32::MAX), |fd| fd.checked_sub(1));
+        if let Some(last) = last.filter(|&last| next <= last) {
+            // SAFETY: in the table of this thread alone, where nobody uses them.
+            let closed = unsafe { libc::syscall(libc::SYS_close_range, next, last, 0) };
+            if closed != 0 {
+                let error = std::io::Error::last_os_error();
+                return Err(Errno::from_io_error(&error).unwrap_or(Errno::BADF));
+            }
+        }
+        next = fd.map_or(next, |fd| fd + 1);
+    }
+    Ok(())
+}
+
+/// Tells whether thread `tid` of this process sleeps in poll(2). `None` where the kernel does not
+/// say.
+///
+/// # Errors
+///
+/// `ENOENT` or `ESRCH` if there is no such thread.
+pub(crate) fn is_in_poll(tid: u32) -> Result<Option<bool>, Errno> {
+    let calls = [libc::SYS_poll, libc::SYS_ppoll];
+    match std::fs::read_to_string(format!("/proc/self/task/{tid}/syscall")) {
+        Ok(text) => {
+            let call = text.split_whitespace().next().and_then(|call| call.parse().ok());
+            Ok(Some(call.is_some_and(|call| calls.contains(&call))))
+        }
+        Err(error) => match Errno::from_io_error(&error) {
+            Some(errno @ (Errno::SRCH | Errno::NOENT)) => Err(errno),
+            _ => Ok(None),
+        },
+    }
+}
+
+/// Finds the processor in the text of a `stat` file. The name, which may hold spaces and
+/// parentheses of its own, ends at the last parenthesis.
 fn processor_in(stat: &[u8]) -> Option<u32> {
     let name_end = stat.iter().rposition(|&byte| byte == b')')?;
     let fields = stat[name_end + 1..].split(|byte| byte.is_ascii_whitespace());

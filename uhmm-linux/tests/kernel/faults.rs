@@ -22,8 +22,8 @@ const EVENT_PAGEFAULT: u8 = 0x12;
 /// page's address.
 pub(crate) const FILLING: u64 = 0x0b5e_55ed;
 
-/// A thread that fills missing pages of some memory, each with words that are known: a page cache of
-/// the program's own, say.
+/// A thread that fills missing pages of some memory, each with words that are known: a page cache
+/// of the program's own, say.
 #[derive(Debug)]
 pub(crate) struct Handler {
     uffd: Arc<OwnedFd>,
@@ -68,7 +68,7 @@ impl Handler {
         call(&self.uffd, REGISTER, &mut [range.address(), bytes, MODE_MISSING, 0])
     }
 
-    /// Returns how many pages it has filled in.
+    /// Returns for how many faults it has filled in a page, or is about to.
     pub(crate) fn answered(&self) -> u64 {
         // Acquire: whoever sees a count sees what the handler did before; partner of the count.
         self.answered.load(Ordering::Acquire)
@@ -105,10 +105,10 @@ fn serve(uffd: &OwnedFd, stop: &OwnedFd, answered: &AtomicU64) {
         let page = message[2] & !(PAGE_SIZE as u64 - 1);
         filling.0[0] = page;
         let source = filling.0.as_ptr() as u64;
+        // Before who waits can go on, and look. Release: see `answered`.
+        answered.fetch_add(1, Ordering::Release);
         let filled = call(uffd, COPY, &mut [page, source, PAGE_SIZE as u64, 0, 0]);
         assert!(matches!(filled, Ok(()) | Err(Errno::EXIST)), "{page:#x}: {filled:?}");
-        // Release: see `answered`.
-        answered.fetch_add(1, Ordering::Release);
     }
 }
 

@@ -44,7 +44,7 @@ pub(crate) trait Accesses: Send {
 }
 
 /// Why an access was not made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Refused {
     /// The mirror has ended.
     Gone,
@@ -53,7 +53,7 @@ pub(crate) enum Refused {
     /// There was no memory, or another failure on demand.
     Failed,
     /// What should pass did not, for too long.
-    Stuck(FaultReason),
+    Stuck(String),
 }
 
 fn policies() -> Policies {
@@ -148,7 +148,7 @@ impl From<KernelFault> for Refused {
             FaultReason::Gone => Refused::Gone,
             FaultReason::Address | FaultReason::Permission => Refused::NotMapped,
             FaultReason::OutOfMemory => Refused::Failed,
-            reason => Refused::Stuck(reason),
+            _ => Refused::Stuck(fault.to_string()),
         }
     }
 }
@@ -336,7 +336,7 @@ fn judge(error: FaultError, began: Instant) -> Result<(), Refused> {
             reason: StayReason::Locked | StayReason::OutOfSystemMemory,
             ..
         } => Err(Refused::Failed),
-        _ if began.elapsed() > PATIENCE => Err(Refused::Stuck(FaultReason::Unserved)),
+        _ if began.elapsed() > PATIENCE => Err(Refused::Stuck(error.to_string())),
         _ => {
             std::thread::yield_now();
             Ok(())

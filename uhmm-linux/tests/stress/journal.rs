@@ -57,6 +57,9 @@ pub(crate) const LOCKED: u64 = 8;
 /// Advised to be large, or not to.
 pub(crate) const WANTS_LARGE: u64 = 16;
 pub(crate) const WANTS_SMALL: u64 = 32;
+/// Discarded since it was mapped: whether what is there is of before or after the kernel may not be
+/// known for some time, and then it does not move.
+pub(crate) const DISCARDED: u64 = 64;
 /// Mapped, and everything allowed.
 pub(crate) const USUAL: u64 = MAPPED | READABLE | WRITABLE;
 

@@ -11,9 +11,11 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::process::{Child, Command};
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use uhmm::PAGE_SIZE;
+use uhmm::primitive::lock;
 
 use super::driver;
 use super::journal::{
@@ -48,6 +50,9 @@ pub(crate) struct Plan {
 struct Watch {
     journal: &'static Journal,
     child: Child,
+    /// When the process is ended, whatever the watcher is in the middle of: it may be waiting for a
+    /// page of it.
+    limit: Arc<Mutex<Instant>>,
     random: Random,
     /// The steps of each actor, and since when there are so many.
     steps: Vec<(u64, Instant)>,
@@ -66,7 +71,9 @@ pub(crate) fn watch(plan: Plan) {
         .expect("the program can be started again");
     let steps = vec![(0, Instant::now()); ACTORS];
     let random = Random::new(plan.seed, u64::MAX);
-    let mut watch = Watch { journal, child, random, steps, stops: 0 };
+    let limit = Arc::new(Mutex::new(Instant::now() + STEP));
+    end_at(child.id(), Arc::clone(&limit));
+    let mut watch = Watch { journal, child, limit, random, steps, stops: 0 };
     let began = Instant::now();
     let mut command = 0;
     loop {
@@ -88,6 +95,20 @@ pub(crate) fn watch(plan: Plan) {
         let counted = journal.counted(overlap);
         assert!(counted >= least, "{overlap:?} happened {counted} times, and {least} is too few");
     }
+}
+
+/// Ends a process at a limit that may be put off.
+fn end_at(pid: u32, limit: Arc<Mutex<Instant>>) {
+    std::thread::spawn(move || {
+        loop {
+            std::thread::sleep(Duration::from_millis(100));
+            if *lock(&limit) < Instant::now() {
+                println!("process {pid} is ended:\n{}", stacks::of_process(pid));
+                system::signal(pid, libc::SIGKILL);
+                return;
+            }
+        }
+    });
 }
 
 fn overlaps(journal: &Journal) -> String {
@@ -145,6 +166,7 @@ impl Watch {
 
     fn reset_patience(&mut self) {
         let now = Instant::now();
+        *lock(&self.limit) = now + 3 * STEP;
         self.steps.iter_mut().for_each(|(_, since)| *since = now);
     }
 
@@ -171,6 +193,7 @@ impl Watch {
     }
 
     fn bring_to_rest(&mut self, command: u64) {
+        self.reset_patience();
         self.journal.command.store(command, SeqCst);
         self.wait_until("does not come to rest", |journal| journal.settled.load(SeqCst) == command);
         self.compare_all("at rest");
@@ -217,6 +240,7 @@ impl Watch {
 
     /// Compares every byte of every page, and how each is mapped.
     fn compare_all(&mut self, when: &str) {
+        self.reset_patience();
         if let Err(what) = self.compare_mappings().and_then(|()| self.compare_pages()) {
             self.fail(&format!("{when}: {what}"));
         }

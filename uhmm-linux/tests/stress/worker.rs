@@ -10,8 +10,9 @@ use uhmm::{EventKind, PAGE_SIZE, PageRange, Residency};
 
 use super::child;
 use super::journal::{
-    self, Actor, CHANGE, COUNTERS, FILL, Journal, LOCKED, MAPPED, Overlap, READABLE, SHARED, STORE,
-    Sheet, Slot, USUAL, WANTS_LARGE, WANTS_SMALL, WORDS, WORKERS, WRITABLE, address, value,
+    self, Actor, CHANGE, COUNTERS, DISCARDED, FILL, Journal, LOCKED, MAPPED, Overlap, READABLE,
+    SHARED, STORE, Sheet, Slot, USUAL, WANTS_LARGE, WANTS_SMALL, WORDS, WORKERS, WRITABLE, address,
+    value,
 };
 use super::random::Random;
 use super::subject::{Live, Looks};
@@ -357,7 +358,10 @@ impl<'a> Worker<'a> {
         }
         let range = journal::range(pages.0, pages.1);
         let mut advise = || memory::advise(range, libc::MADV_DONTNEED);
-        let done = self.change(pages, EventKind::Clear, &mut advise, &Sheet::clear);
+        let done = self.change(pages, EventKind::Clear, &mut advise, &|sheet| {
+            sheet.state.fetch_or(DISCARDED, SeqCst);
+            sheet.clear();
+        });
         self.must(pages.0, done);
         let page = pages.0 + self.random.below(pages.1);
         if self.sheet(page).has(READABLE) {
@@ -425,8 +429,8 @@ impl<'a> Worker<'a> {
         let first = from.first + self.random.below(from.pages - pages + 1);
         let target = to.first + self.random.below(to.pages - pages + 1);
         let state = self.sheet(first).state();
-        let alike = state & MAPPED != 0
-            && (first..first + pages).all(|page| self.sheet(page).state() == state);
+        let alike = |page| (self.sheet(page).state() ^ state) & !DISCARDED == 0;
+        let alike = state & MAPPED != 0 && (first..first + pages).all(alike);
         alike.then_some((first, target, pages))
     }
 
@@ -541,6 +545,7 @@ impl<'a> Worker<'a> {
             Ok(())
         };
         let done = self.change((page, 1), EventKind::Clear, &mut free, &|sheet| {
+            sheet.state.fetch_or(DISCARDED, SeqCst);
             for (word, to) in sheet.words.iter().enumerate() {
                 to.store(value(worker, sequence, word), SeqCst);
             }
@@ -628,7 +633,8 @@ impl<'a> Worker<'a> {
     /// Has a device replace a word of its own by another in one step.
     fn device_add(&mut self) {
         let page = self.usual_page();
-        if self.sheet(page).has(LOCKED) {
+        // What is locked, or in doubt, a device cannot have to itself.
+        if self.sheet(page).state() & (LOCKED | DISCARDED) != 0 {
             return;
         }
         if !self.sheet(page).is_announced() {

@@ -6,9 +6,9 @@
 //! |------------- accessible --------------|-----         |-- accessible --|      |
 //! ```
 //!
-//! Spans are numbered from the base, so those that hold the arena's own data have numbers too; their
-//! bits are set and stay so. Inaccessible memory is not accounted for, so the range can be much
-//! larger than the machine's memory; it never grows.
+//! Spans are numbered from the base, so those that hold the arena's own data have numbers too;
+//! their bits are set and stay so. Inaccessible memory is not accounted for, so the range can be
+//! much larger than the machine's memory; it never grows.
 
 use core::alloc::Layout;
 use core::ffi::c_void;
@@ -41,12 +41,12 @@ const LARGEST_ALIGN: usize = 1 << 30;
 ///
 /// # Invariants
 ///
-/// 1. `bytes` is a power of two from [`SMALLEST`] and a multiple of 64 spans; the arena's address is
-///    a multiple of `bytes` or of [`LARGEST_ALIGN`], whichever is smaller; all of the `bytes` bytes
-///    from `base`, which is the arena's address, are one mapping of ours for ever.
-/// 2. The arena, its bits, the `Span`s before number `committed`, and the spans from
-///    `parts.first` to before `committed` are accessible; the former are only accessed as what they are, by shared
-///    references; they began as zeroes, which is a valid value of each.
+/// 1. `bytes` is a power of two from [`SMALLEST`] and a multiple of 64 spans; the arena's address
+///    is a multiple of `bytes` or of [`LARGEST_ALIGN`], whichever is smaller; all of the `bytes`
+///    bytes from `base`, which is the arena's address, are one mapping of ours for ever.
+/// 2. The arena, its bits, the `Span`s before number `committed`, and the spans from `parts.first`
+///    to before `committed` are accessible; the former are only accessed as what they are, by
+///    shared references; they began as zeroes, which is a valid value of each.
 /// 3. The numbers before `parts.first` are taken in `used`, and never given back.
 #[repr(C)]
 pub(super) struct Arena {
@@ -88,8 +88,8 @@ impl Parts {
 }
 
 impl Arena {
-    /// Reserves an arena of `bytes` bytes, a power of two, or of half as much as long as there is no
-    /// room for it.
+    /// Reserves an arena of `bytes` bytes, a power of two, or of half as much as long as there is
+    /// no room for it.
     ///
     /// # Errors
     ///
@@ -139,8 +139,8 @@ impl Arena {
     ///
     /// The memory is as invariants 1 and 2 want it with nothing committed, and is the caller's.
     unsafe fn begin(base: NonNull<u8>, bytes: usize, parts: Parts) -> &'static Arena {
-        // SAFETY: the caller's contract: the memory is ours and there is room. Zeroes are a value of
-        // each field (invariant 2).
+        // SAFETY: the caller's contract: the memory is ours and there is room. Zeroes are a value
+        // of each field (invariant 2).
         let arena: &'static mut Arena = unsafe { base.cast().as_mut() };
         arena.base = base.as_ptr();
         arena.bytes = bytes;

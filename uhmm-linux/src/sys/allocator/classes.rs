@@ -60,8 +60,9 @@ pub(super) static ALL: [Class; CLASSES] = {
 impl Class {
     /// Returns which object holds the byte at `offset` in a span.
     ///
-    /// The reciprocal is too large by less than one part in 2^32 / `size`, and `offset` is less than
-    /// 2^16, so the product is too large by less than 2^16 objects / 2^32, and the quotient exact.
+    /// The reciprocal is too large by less than one part in 2^32 / `size`, and `offset` is less
+    /// than 2^16, so the product is too large by less than 2^16 objects / 2^32, and the quotient
+    /// exact.
     #[inline]
     pub(super) const fn object_at(self, offset: u32) -> u32 {
         ((offset as u64 * self.reciprocal as u64) >> 32) as u32
@@ -91,14 +92,12 @@ pub(super) fn class_for(layout: Layout) -> Option<usize> {
     if layout.align() <= GRAIN {
         return (layout.size() <= LARGEST).then(|| class_of(layout.size()));
     }
-    // Objects stand at the multiples of their size, so they are as aligned as their size is even.
-    // Powers of two are classes, so the search ends at the next one at the latest.
+    // Objects stand at the multiples of their size, so they are as aligned as their size is even. A
+    // multiple of the alignment that is no class lies where the classes are a smaller power of two
+    // apart than a quarter of it, and the next class is a multiple of that, and so of the
+    // alignment.
     let size = layout.size().max(1).checked_next_multiple_of(layout.align())?;
-    if size > LARGEST {
-        return None;
-    }
-    (class_of(size)..CLASSES)
-        .find(|&class| (ALL[class].size as usize).is_multiple_of(layout.align()))
+    (size <= LARGEST).then(|| class_of(size))
 }
 
 /// Returns the first class whose objects have `size` bytes, which is at most [`LARGEST`].

@@ -38,8 +38,8 @@ impl Objects<'_> {
         self.take_in(current, class).or_else(|| self.take_elsewhere(class, fresh))
     }
 
-    /// Gives an object back, which is one of `class`. Passes each span that nobody needs any more to
-    /// `returned`: it is nobody's.
+    /// Gives an object back, which is one of `class`. Passes each span that nobody needs any more
+    /// to `returned`: it is nobody's.
     #[inline]
     pub(super) fn give_back(self, object: Object, class: usize, returned: impl FnMut(u32)) {
         let span = self.spans.span(object.span);
@@ -118,6 +118,7 @@ impl Objects<'_> {
 #[allow(dead_code, reason = "for tests/allocator_protocol.rs, which includes this file")]
 impl Shard {
     /// Makes a shard without current spans.
+    #[allow(dead_code, reason = "an arena's begin as zeroes")]
     pub(super) fn new() -> Shard {
         Shard { current: [const { AtomicU32::new(0) }; CLASSES] }
     }

@@ -4,9 +4,9 @@
 //! Taking a run sets its bits word by word, and gives up those that it has set where one is taken:
 //! nobody waits for anybody. First fit keeps what is in use together at the low end.
 //!
-//! A span that is given back may keep its memory, up to [`KEPT_SPANS`] in all: programs that take and
-//! give back large buffers in a loop would otherwise spend their time in faults. A second bit says
-//! which spans may hold old contents, so that whoever needs zeroes knows where to write them.
+//! A span that is given back may keep its memory, up to [`KEPT_SPANS`] in all: programs that take
+//! and give back large buffers in a loop would otherwise spend their time in faults. A second bit
+//! says which spans may hold old contents, so that whoever needs zeroes knows where to write them.
 
 use super::atomics::{AtomicU32, AtomicU64, Ordering};
 
@@ -35,8 +35,8 @@ pub(super) struct Runs<'a> {
 #[repr(C, align(64))]
 pub(super) struct Summary {
     /// In the low half a word of `used` before which there is no free span; in the high half how
-    /// often it has been told of a span given back, so that whoever raises it knows that no span was
-    /// given back while it looked.
+    /// often it has been told of a span given back, so that whoever raises it knows that no span
+    /// was given back while it looked.
     lowest: AtomicU64,
     /// How many free spans keep their memory.
     dirty: AtomicU32,
@@ -84,7 +84,8 @@ impl Runs<'_> {
             return Err((self.used.len() as u32 * BITS) - 1);
         }
         for (word, mask) in pieces(first, end) {
-            // Acquire: pairs with `give_back`, so that what the one before did to the memory is over.
+            // Acquire: pairs with `give_back`, so that what the one before did to the memory is
+            // over.
             let set = self.used[word].fetch_update(Ordering::Acquire, Ordering::Relaxed, |bits| {
                 (bits & mask == 0).then_some(bits | mask)
             });
@@ -179,7 +180,8 @@ impl Runs<'_> {
     }
 }
 
-/// Cuts the bits from `first` to before `end` into words: the number of each, and which of its bits.
+/// Cuts the bits from `first` to before `end` into words: the number of each, and which of its
+/// bits.
 fn pieces(first: u32, end: u32) -> impl Iterator<Item = (usize, u64)> {
     let mut at = first;
     core::iter::from_fn(move || {

@@ -1,17 +1,18 @@
 //! Small objects: spans full of objects of one size, with a bit for each that is free.
 //!
-//! Whoever clears an object's bit has the object, and gives it back by setting the bit. The bits are
-//! all that decides; everything else only says where to look, may be out of date at any time, and is
-//! checked where it matters. The rules:
+//! Whoever clears an object's bit has the object, and gives it back by setting the bit. The bits
+//! are all that decides; everything else only says where to look, may be out of date at any time,
+//! and is checked where it matters. The rules:
 //!
-//! 1. Bits are set only while the span has the class that they were made for, and a span changes its
-//!    class only in the hands of who has all of its objects. So an object, once taken, tells its
-//!    class for certain: who took one in a span that is no longer of the class that was wanted gives
-//!    it back.
+//! 1. Bits are set only while the span has the class that they were made for, and a span changes
+//!    its class only in the hands of who has all of its objects. So an object, once taken, tells
+//!    its class for certain: who took one in a span that is no longer of the class that was wanted
+//!    gives it back.
 //! 2. A span is `listed` while it is on the list of a class, or on its way there or from there. Who
-//!    sets the flag puts the span on the list, and who takes the span off clears the flag, then looks
-//!    whether something is free. Who frees an object sets its bit, then looks at the flag. These four
-//!    are in one order (SeqCst), so one of the two sees the other, and no free object is forgotten.
+//!    sets the flag puts the span on the list, and who takes the span off clears the flag, then
+//!    looks whether something is free. Who frees an object sets its bit, then looks at the flag.
+//!    These four are in one order (SeqCst), so one of the two sees the other, and no free object is
+//!    forgotten.
 //! 3. A span need not be listed while it is the current one of a shard, whose threads look into it
 //!    first. Who frees an object of a span and then finds it current leaves it at that; who makes
 //!    another span current then looks whether something is free in the one before, and lists it.
@@ -21,9 +22,10 @@
 //!    objects and return it. So a span that is listed keeps its class, and nobody writes its `next`
 //!    but who put it on the list. It may still be current where it was: rule 1 takes care of that.
 //!
-//! A thread that stops anywhere keeps at most the span or the object that it has in its hands from
-//! the others, who find another. That is more than speed: a thread may fault on its own stack in the
-//! middle of anything here, and who serves that fault allocates.
+//! A thread that stops anywhere keeps only what it has in its hands from the others, an object, a
+//! span, or the list that it is going through, and they take another span. That is more than speed:
+//! a thread may fault on its own stack in the middle of anything here, and who serves that fault
+//! allocates.
 
 use super::atomics::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use super::classes::{ALL, CLASSES, Class, MOST_OBJECTS};
@@ -73,8 +75,8 @@ pub(super) enum Freed {
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub(super) struct ClassSpans {
-    /// Spans with free objects: the number of the first, 0 for none, in the low half, and in the high
-    /// half how often it has changed.
+    /// Spans with free objects: the number of the first, 0 for none, in the low half, and in the
+    /// high half how often it has changed.
     partial: AtomicU64,
     /// How many spans have this class.
     spans: AtomicU32,
@@ -86,6 +88,7 @@ pub(super) struct ClassSpans {
 #[allow(dead_code, reason = "for tests/allocator_protocol.rs, which includes this file")]
 impl ClassSpans {
     /// Makes what is known of a class without spans.
+    #[allow(dead_code, reason = "an arena's begin as zeroes")]
     pub(super) fn new() -> ClassSpans {
         let (partial, spans) = (AtomicU64::new(0), AtomicU32::new(0));
         ClassSpans { partial, spans, unused: AtomicU32::new(0) }
@@ -100,6 +103,13 @@ impl Span {
         let [class, hint, next] = [const { AtomicU32::new(0) }; 3];
         let free = [const { AtomicU64::new(0) }; MOST_OBJECTS / BITS as usize];
         Span { class, hint, next, listed: AtomicBool::new(false), free }
+    }
+
+    /// Returns the bits of a word.
+    #[cfg(test)]
+    #[allow(dead_code, reason = "not every test needs it")]
+    pub(super) fn free_in(&self, word: usize) -> u64 {
+        self.free[word].load(Ordering::SeqCst)
     }
 
     /// Returns what the span is used for.
@@ -132,8 +142,8 @@ impl Span {
         }
     }
 
-    /// Takes an object: the first that is free after the last that was found so. Returns its number,
-    /// or `None` where none was free at some moment.
+    /// Takes an object: the first that is free after the last that was found so. Returns its
+    /// number, or `None` where none was free at some moment.
     #[inline]
     pub(super) fn take(&self, class: Class) -> Option<u32> {
         let words = class.words();
@@ -215,7 +225,7 @@ impl Span {
     /// Takes every object, if none is in use. Then the span is the caller's.
     ///
     /// The span is listed by the caller (rule 4 of the module).
-    fn take_all(&self, class: Class) -> bool {
+    pub(super) fn take_all(&self, class: Class) -> bool {
         for word in 0..class.words() {
             let mask = class.mask(word);
             // Acquire: pairs with `give_back`, as in `take`.
@@ -272,8 +282,8 @@ impl<'a> Spans<'a> {
         self.span(number).fill(ALL[class]);
     }
 
-    /// Notes that a span of a class was seen unused. Tells whether that were `at_least` as many since
-    /// the last time that it did, and at least a quarter of all.
+    /// Notes that a span of a class was seen unused. Tells whether that were `at_least` as many
+    /// since the last time that it did, and at least a quarter of all.
     pub(super) fn saw_unused(self, class: usize, at_least: u32) -> bool {
         let spans = &self.classes[class];
         // Relaxed, all three: they only say when to look.
@@ -295,8 +305,8 @@ impl<'a> Spans<'a> {
                 return;
             }
             span.listed.store(false, Ordering::SeqCst);
-            // It was returned. Has it been made for a class since? Then who has freed an object of it
-            // may have seen our flag.
+            // It was returned. Has it been made for a class since? Then who has freed an object of
+            // it may have seen our flag.
         }
     }
 

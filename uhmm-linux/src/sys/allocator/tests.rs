@@ -2,7 +2,7 @@
 //! those of the whole use the allocator of the process, by its methods.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize};
 use std::sync::{Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +12,8 @@ use uhmm::Page;
 
 use super::super::child::{End, Fork, alone, start};
 use super::super::thread::gettid;
-use super::runs::SPAN_BYTES;
+use super::runs::{Runs, SPAN_BYTES, Summary};
+use super::spans::{Freed, Span};
 use super::*;
 
 /// The bytes of a small arena.
@@ -163,6 +164,71 @@ proptest! {
             }
         }
         blocks.into_iter().for_each(Block::free);
+    }
+}
+
+proptest! {
+    #[test]
+    fn runs_agree_with_a_list_of_spans(
+        actions in prop::collection::vec((0u32..4, 0u32..256, 1u32..150), 1..60)
+    ) {
+        let [used, dirty]: [[AtomicU64; 4]; 2] = Default::default();
+        let (summary, mut model) = (Summary::default(), [false; 256]);
+        let runs = Runs { used: &used, dirty: &dirty, summary: &summary };
+        let mut taken = Vec::new();
+        for (what, first, spans) in actions {
+            let free = |model: &[bool; 256], first: u32| {
+                let range = model.get(first as usize..(first + spans) as usize);
+                range.is_some_and(|range| range.iter().all(|&used| !used))
+            };
+            let align = 1 << (first % 5);
+            let got = match what {
+                0 => runs.take_exactly(first, spans).ok().map(|_| first),
+                1 | 2 => runs.take(spans, align).map(|run| run.first),
+                _ if taken.is_empty() => continue,
+                _ => {
+                    let (first, spans) = taken.swap_remove(first as usize % taken.len());
+                    runs.give_back(first, spans, || true);
+                    model[first as usize..(first + spans) as usize].fill(false);
+                    runs.check();
+                    continue;
+                }
+            };
+            let expected = match what {
+                0 => free(&model, first).then_some(first),
+                _ => (0..256).step_by(align as usize).find(|&first| free(&model, first)),
+            };
+            prop_assert_eq!(got, expected);
+            if let Some(first) = got {
+                taken.push((first, spans));
+                model[first as usize..(first + spans) as usize].fill(true);
+            }
+            for (span, &used) in model.iter().enumerate() {
+                prop_assert_eq!(runs.is_used(span as u32), used, "span {}", span);
+            }
+            runs.check();
+        }
+    }
+}
+
+#[test]
+fn all_objects_are_taken_or_none() {
+    let class = classes::ALL[3];
+    let free = |span: &Span| (0..class.words()).map(|word| span.free_in(word)).collect::<Vec<_>>();
+    for in_use in [0, 1, 70, class.objects - 1] {
+        let span = Span::new();
+        span.fill(class);
+        while span.take(class).is_some() {}
+        for object in (0..class.objects).filter(|&object| object != in_use) {
+            span.give_back(class, object);
+        }
+        let before = free(&span);
+        assert!(!span.take_all(class), "{in_use} is in use");
+        assert_eq!(free(&span), before);
+        assert_eq!(span.give_back(class, in_use), Freed::LastOfWord);
+        assert!(span.take_all(class));
+        assert!(free(&span).iter().all(|&bits| bits == 0));
+        assert_eq!(span.take(class), None);
     }
 }
 
@@ -351,8 +417,8 @@ fn zeroed_memory_is_zero_whoever_had_it_before() {
     }
 }
 
-/// Allocates and frees in the arena at random, with up to `HELD` blocks at a time, each with its own
-/// pattern. Uses no other allocator, so it may run where those must not be used.
+/// Allocates and frees in the arena at random, with up to `HELD` blocks at a time, each with its
+/// own pattern. Uses no other allocator, so it may run where those must not be used.
 fn churn<const HELD: usize>(random: &mut Random, rounds: usize) {
     let mut blocks = [const { None::<Block> }; HELD];
     for _ in 0..rounds {

@@ -226,3 +226,17 @@ fn lines_of_the_text_are_understood() {
     assert_eq!(parse_page_size(b"KernelPageSize:     2048 kB"), Some(2 << 20));
     assert_eq!(parse_page_size(b"MMUPageSize:           4 kB"), None);
 }
+
+#[test]
+fn what_children_do_not_get_is_told() {
+    use super::super::advise::{dofork, dontfork};
+    let memory = Mapping::apart(8);
+    let [before, kept] = [memory.pages(0..1), memory.pages(2..5)].map(|range| range.first());
+    assert_eq!(is_kept_from_children(kept), Ok(false));
+    dontfork(memory.pages(2..5)).expect("it is mapped");
+    assert_eq!(is_kept_from_children(kept), Ok(true));
+    assert_eq!(is_kept_from_children(before), Ok(false));
+    dofork(memory.pages(2..5)).expect("it is mapped");
+    assert_eq!(is_kept_from_children(kept), Ok(false));
+    assert_eq!(is_kept_from_children(Page::containing(0)), Ok(false), "nothing is mapped there");
+}

@@ -30,3 +30,21 @@ fn what_is_no_process_is_none() {
     assert_eq!(Pidfd::open(u32::MAX).err(), Some(Errno::SRCH));
     assert_eq!(Pidfd::open(i32::MAX.unsigned_abs()).err(), Some(Errno::SRCH));
 }
+
+#[test]
+fn the_end_of_a_thread_is_told() {
+    let (tell, told) = std::sync::mpsc::channel();
+    let (go, gone) = std::sync::mpsc::channel::<()>();
+    let thread = std::thread::spawn(move || {
+        tell.send(crate::sys::thread::gettid()).expect("somebody waits for it");
+        let _ = gone.recv();
+    });
+    let life = match Pidfd::open_thread(told.recv().expect("it begins")) {
+        Err(Errno::INVAL) => return eprintln!("NOT TESTED: PIDFD_THREAD needs Linux 6.9"),
+        life => life.expect("it lives"),
+    };
+    assert!(!readable(&life, Duration::ZERO));
+    drop(go);
+    assert!(readable(&life, DEADLINE), "the end is told");
+    thread.join().expect("it has not panicked");
+}

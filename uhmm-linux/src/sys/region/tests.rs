@@ -161,27 +161,26 @@ fn updates_of_a_word_are_atomic() {
 
 #[test]
 fn writes_to_parts_of_a_word_leave_the_others_alone() {
-    const ROUNDS: u8 = 200;
+    const ROUNDS: usize = 100_000;
     let region = region(1);
     let page = region.range().first();
-    // Four threads write runs of 13 bytes that share words at both ends.
     let start = Barrier::new(4);
-    thread::scope(|scope| {
-        for index in 0..4_usize {
-            let (region, start) = (&region, &start);
-            scope.spawn(move || {
-                start.wait();
-                for round in 0..ROUNDS {
-                    for run in (index..300).step_by(4) {
-                        let bytes = [round ^ index as u8; 13];
-                        region.write(page, run * 13, &bytes);
-                        let mut back = [0; 13];
-                        region.read(page, run * 13, &mut back);
-                        assert_eq!(back, bytes);
-                    }
-                }
-            });
+    // Each has two bytes of one word, or of two words that follow each other.
+    let write = |index: usize| {
+        start.wait();
+        for round in 0..ROUNDS {
+            let bytes = (round as u16).to_ne_bytes();
+            for at in [2 * index, 16 + (2 * index + 7) % 8] {
+                region.write(page, at, &bytes);
+                let mut back = [0; 2];
+                region.read(page, at, &mut back);
+                assert_eq!(back, bytes, "of {index}, at {at}");
+            }
         }
+    };
+    thread::scope(|scope| {
+        let write = &write;
+        (0..4).for_each(|index| drop(scope.spawn(move || write(index))));
     });
 }
 
@@ -211,4 +210,67 @@ proptest! {
         region.read(first, 0, &mut all);
         prop_assert_eq!(all, model);
     }
+}
+
+/// What of a region that grows can be accessed is what was reached: nobody who locks all memory of
+/// the process fills more than that.
+#[test]
+fn a_region_that_grows_can_be_accessed_as_far_as_it_was_reached() {
+    let options = RegionOptions { grows: true, huge: Some(false), ..RegionOptions::default() };
+    let region = Region::reserve(1 << 30, options).expect("there is room");
+    let (first, last) = (region.range().first(), region.range().last());
+    let readable = |page: Page| process_vm::read(page.address(), &mut [0; 8]);
+    assert_eq!(readable(first), Err(Errno::FAULT));
+    let third = first.checked_add(2).expect("within");
+    assert_eq!(region.reach(PageRange::from_pages(first, 3).expect("a range")), Ok(()));
+    region.write(third, 8, &[7; 8]);
+    assert_eq!(readable(third), Ok(8));
+    assert_eq!(readable(last), Err(Errno::FAULT), "no more than a step");
+    let read = || region.read(last, 0, &mut [0; 8]);
+    let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
+    assert!(refused.is_err(), "what was not reached is not read");
+    // By many at once, each for itself.
+    let barrier = Barrier::new(8);
+    thread::scope(|scope| {
+        for index in 1..=8 {
+            let (region, barrier) = (&region, &barrier);
+            scope.spawn(move || {
+                let page = first.checked_add(index * 30_000).expect("within");
+                barrier.wait();
+                assert_eq!(region.reach(page.into()), Ok(()));
+                region.write(page, 0, &index.to_ne_bytes());
+            });
+        }
+    });
+    for index in 1..=8_u64 {
+        let mut word = [0; 8];
+        region.read(first.checked_add(index * 30_000).expect("within"), 0, &mut word);
+        assert_eq!(u64::from_ne_bytes(word), index);
+    }
+    assert_eq!(region.reach(last.into()), Ok(()));
+    assert_eq!(readable(last), Ok(8));
+    let mut word = [0; 8];
+    region.read(third, 8, &mut word);
+    assert_eq!(word, [7; 8]);
+}
+
+#[test]
+fn what_is_locked_can_be_zapped_and_unlocked() {
+    let options = RegionOptions { huge: Some(false), ..RegionOptions::default() };
+    let region = Region::reserve(1, options).expect("there is memory");
+    let first = region.range().first();
+    let page = PageRange::from(first);
+    region.write(first, 0, &[7; PAGE_SIZE]);
+    let at = std::ptr::with_exposed_provenance(first.address() as usize);
+    // SAFETY: locks a page of ours, and changes none of its contents.
+    if unsafe { libc::mlock(at, PAGE_SIZE) } != 0 {
+        return eprintln!("NOT TESTED: {}", std::io::Error::last_os_error());
+    }
+    assert!(super::super::advise::is_locked(page));
+    region.zap(page).expect("it is ours");
+    let mut word = [1; 8];
+    region.read(first, 0, &mut word);
+    assert_eq!(word, [0; 8]);
+    region.unlock().expect("it is ours");
+    assert!(!super::super::advise::is_locked(page));
 }

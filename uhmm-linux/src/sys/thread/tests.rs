@@ -118,3 +118,66 @@ fn the_processor_is_found_behind_any_name() {
         assert_eq!(processor_in(text.as_bytes()), None);
     }
 }
+
+#[test]
+fn whether_a_thread_sleeps_in_poll_is_told() {
+    use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+    let stop = eventfd(0, EventfdFlags::CLOEXEC).expect("eventfd");
+    std::thread::scope(|scope| {
+        let (tell, told) = std::sync::mpsc::channel();
+        let waits = &stop;
+        scope.spawn(move || {
+            tell.send(gettid()).expect("somebody waits for it");
+            let _ = poll(&mut [PollFd::new(waits, PollFlags::IN)], None);
+        });
+        let tid = told.recv().expect("it begins");
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        loop {
+            match is_in_poll(tid).expect("it lives") {
+                Some(true) => break,
+                None => {
+                    eprintln!("NOT TESTED: the kernel does not say");
+                    break;
+                }
+                Some(false) => assert!(std::time::Instant::now() < deadline, "it never sleeps"),
+            }
+            std::thread::yield_now();
+        }
+        assert_ne!(is_in_poll(gettid()).expect("this one"), Some(true), "this one does not");
+        rustix::io::write(&stop, &1_u64.to_ne_bytes()).expect("eventfd");
+    });
+}
+
+#[test]
+fn nobody_else_closes_what_a_thread_has_kept() {
+    use std::io::{Read as _, Write as _};
+    use std::os::fd::AsFd as _;
+    let (kept, far) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
+    let (other, other_far) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
+    let (tell, told) = std::sync::mpsc::channel();
+    let (go, gone) = std::sync::mpsc::channel::<()>();
+    // The thread borrows a descriptor that this one closes, which is what it is to outlive.
+    let number = kept.as_raw_fd();
+    let thread = std::thread::spawn(move || {
+        // SAFETY: open until this thread has descriptors of its own, and in those ever after.
+        let fd = unsafe { BorrowedFd::borrow_raw(number) };
+        let outcome = keep_descriptors(&[fd]);
+        tell.send(outcome).expect("somebody waits for it");
+        let _ = gone.recv();
+        rustix::io::write(fd.as_fd(), b"still here")
+    });
+    let outcome = told.recv().expect("it begins");
+    if let Err(error) = outcome {
+        return eprintln!("NOT TESTED: {error}");
+    }
+    drop(kept);
+    // What was not kept is not: whoever reads its other end sees that it is closed.
+    drop(other);
+    assert_eq!((&other_far).read(&mut [0; 8]).expect("the end"), 0);
+    (&far).write_all(b"hello").expect("it is open at the other end");
+    drop(go);
+    assert_eq!(thread.join().expect("it has not panicked"), Ok(10));
+    let mut bytes = [0; 10];
+    (&far).read_exact(&mut bytes).expect("it was written");
+    assert_eq!(&bytes, b"still here");
+}
