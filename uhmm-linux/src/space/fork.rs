@@ -36,7 +36,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use mmu_notifier::{EventKind, Owner, thread_number};
-use rangemap::RangeMap;
+use rangemap::{RangeMap, RangeSet};
 use rustix::io::Errno;
 use uhmm::{Order, Page, PageRange};
 
@@ -411,6 +411,12 @@ impl Child {
             let moved = part.start.wrapping_add(by)..part.end.wrapping_add(by);
             self.lacks.insert(moved, further.wrapping_sub(by));
         }
+    }
+
+    /// Notes that pages of the parent's were not out at the fork, though they were about to be: what
+    /// was there the child has, also if that is nothing.
+    pub(super) fn has(&mut self, pages: &RangeSet<u64>) {
+        pages.iter().for_each(|part| self.lacks.remove(part.clone()));
     }
 
     /// Puts the pages `from`, of our own memory, or zeroes, where the child lacks what its parent has

@@ -1,6 +1,7 @@
 //! Taking pages out of the program's page table.
 
 use mmu_notifier::{Event, EventKind, Owner};
+use rangemap::RangeSet;
 use rustix::io::Errno;
 use smallvec::SmallVec;
 use uhmm::backend::ReverseMap;
@@ -307,6 +308,8 @@ impl Space {
         for &(first, ..) in &parts {
             drop(state.remove(first));
         }
+        let mut never_left: RangeSet<u64> =
+            parts.iter().map(|&(now, order, _)| numbers(now.block(order))).collect();
         // Each piece by its first page now, its first page before, and its order.
         let mut moved: Vec<(Page, Page, Order)> = Vec::new();
         let mut zero: Vec<(Page, Order)> = Vec::new();
@@ -332,6 +335,9 @@ impl Space {
                 }
             }
         }
+        let left = moved.iter().map(|&(now, _, order)| (now, order)).chain(zero.iter().copied());
+        left.for_each(|(first, order)| never_left.remove(numbers(first.block(order))));
+        state.children.iter_mut().for_each(|child| child.has(&never_left));
         moved.sort_by_key(|&(_, before, _)| before);
         let at = |page: Page| {
             let offset = page.number() - pages.first().number();
