@@ -743,6 +743,34 @@ impl Subscriptions {
         Some(Handle::new(Arc::clone(self), node))
     }
 
+    /// Returns the ranges of the subscriptions that share an address with `range`, in the order of
+    /// their starts: who hears of a change there that is announced now.
+    ///
+    /// Who has ended a subscription, and has seen that return, does not find it here; who has begun
+    /// one finds it.
+    pub fn subscribed(&self, range: VaRange) -> Vec<VaRange> {
+        let mut no_locks = NoLocks::at_entry();
+        let mut found = Vec::new();
+        loop {
+            let mut wanted = 0;
+            {
+                // Nothing is allocated here: what there is no room for is only counted.
+                let registry = self.registry.read(&mut no_locks);
+                registry.index.overlapping(range, |_, of, _| {
+                    wanted += 1;
+                    if found.len() < found.capacity() {
+                        found.push(of);
+                    }
+                });
+            }
+            if wanted == found.len() {
+                return found;
+            }
+            found.clear();
+            found.reserve(wanted);
+        }
+    }
+
     /// Returns how many subscriptions exist, those included that have ended and are still held: by
     /// a [`Handle`], or for a moment by a thread that looks whether they have ended. For leak
     /// checks (acceptance B06).

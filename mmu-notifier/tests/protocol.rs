@@ -305,6 +305,29 @@ fn a12_two_spaces_in_opposite_orders() {
     });
 }
 
+/// Who is subscribed where, and where nobody is: as soon as subscribing has returned, and not any
+/// more when unsubscribing has.
+#[test]
+fn it_is_known_who_would_hear_of_a_change() {
+    watched(|| {
+        let (space, log) = (Subscriptions::new(), Log::new());
+        assert_eq!(space.subscribed(VaRange::ALL), []);
+        // More than there is room for at first.
+        let many: Vec<_> = (0..100)
+            .rev()
+            .map(|at| space.subscribe(pages(2 * at, 1), Recorder::new("many", &log)).unwrap())
+            .collect();
+        let wide = space.subscribe(pages(10, 4), Recorder::new("wide", &log)).unwrap();
+        assert_eq!(space.subscribed(VaRange::ALL).len(), 101);
+        assert_eq!(space.subscribed(pages(10, 3)), [pages(10, 1), pages(10, 4), pages(12, 1)]);
+        assert_eq!(space.subscribed(page(11)), [pages(10, 4)]);
+        assert!(wide.unsubscribe().is_some());
+        assert_eq!(space.subscribed(page(11)), []);
+        drop(many);
+        assert_eq!(space.subscribed(VaRange::ALL), []);
+    });
+}
+
 /// An address space with room for two refuses the third, hands it back untouched, and takes it when
 /// one of the two has gone.
 #[test]

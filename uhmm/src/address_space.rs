@@ -132,6 +132,11 @@ impl Mm {
         self.users().map(|space| User(Some(space)))
     }
 
+    /// Returns what provided it, and still does if it lives.
+    pub(crate) fn backend(&self) -> &dyn Backend {
+        &*self.inner.backend
+    }
+
     pub(crate) fn counters(&self) -> &SpaceCounters {
         &self.inner.counters
     }

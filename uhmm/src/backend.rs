@@ -100,7 +100,8 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Keeps the CPUs and all other devices off the pages of `range` until one touches them, on
     /// behalf of `owner`: faults each in for writing, and announces
-    /// [`EventKind::Exclusive`](mmu_notifier::EventKind::Exclusive) by `owner`.
+    /// [`EventKind::Exclusive`](mmu_notifier::EventKind::Exclusive), by `owner` where each page stays
+    /// in its frame, and by nobody where it does not.
     ///
     /// # Errors
     ///
@@ -115,6 +116,15 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Gives back the pages of `range` that `owner` still holds, within an announcement.
     fn end_exclusive(&self, range: PageRange, owner: Owner);
+
+    /// Takes note that a mirror of `range` has ended: nobody has to hear of changes there on its
+    /// behalf any more. Others may mirror the same pages
+    /// ([`Subscriptions::subscribed`](mmu_notifier::Subscriptions::subscribed) tells). It is called
+    /// after the mirror's end, by whoever ends it, also in a callback and after the death of the
+    /// address space, so it must not wait. The default does nothing.
+    fn mirror_ended(&self, range: PageRange) {
+        let _ = range;
+    }
 
     /// Takes the address space apart: it has no users any more. Called once, after the release of
     /// [`notifiers`](Backend::notifiers). Evictions, which are no users, may still be under way: what

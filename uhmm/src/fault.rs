@@ -234,6 +234,7 @@ impl<D: Device> MirrorHandle<D> {
         let start = done.entries.len();
         let mut patience = Patience::new(request, batch);
         let mut runs = Vec::new();
+        let mut refused = None;
         loop {
             patience.check_deadline()?;
             let section = self
@@ -260,7 +261,13 @@ impl<D: Device> MirrorHandle<D> {
                     patience.forgive(since.elapsed());
                     match result {
                         Ok(()) => patience.note_faults(&runs),
-                        Err(error) if error.may_be_stale() && section.check_retry() => false,
+                        Err(error)
+                            if error.may_be_stale()
+                                && section.check_retry()
+                                && !is_refused_again(&mut refused, error) =>
+                        {
+                            false
+                        }
                         Err(error) => return Err(error),
                     }
                 }
@@ -483,6 +490,15 @@ fn agree(block: &[PageEntry]) -> bool {
             && entry.access == first.access
             && entry.residency == first.residency.further(index)
     })
+}
+
+/// Notes why a page is not to be had exclusively, and tells whether that is what was said before.
+/// To hold a page may take an announcement to the device itself, so each try may collide with its own.
+fn is_refused_again(before: &mut Option<FaultError>, error: FaultError) -> bool {
+    let refused = matches!(error, FaultError::NotExclusive { .. }).then_some(error);
+    let again = refused.is_some() && *before == refused;
+    *before = refused;
+    again
 }
 
 /// How long collisions may go on.

@@ -192,9 +192,16 @@ impl AddressSpace {
     /// Moves what is on other devices than that of `owner` home, and reports of those pages alone.
     fn fetch_home(&self, range: PageRange, owner: Owner, cause: MigrateCause) -> MigrateReport {
         let isolation = self.backend().isolate(range, Select::Foreign(owner));
+        let others = [StayReason::Elsewhere, StayReason::Hole];
+        if isolation.pages().is_empty() {
+            // Mostly: there is one device, and it is to have them.
+            let mut stayed = isolation.stayed().to_vec();
+            stayed.retain(|stayed| !others.contains(&stayed.reason));
+            stayed.sort_by_key(|stayed| stayed.pages.first());
+            return MigrateReport { stayed, ..MigrateReport::default() };
+        }
         let migration = Migration::home(isolation, cause, Some(self.mm().id()));
         let mut report = Migration { user: Some(self.clone()), ..migration }.run();
-        let others = [StayReason::Elsewhere, StayReason::Hole];
         report.stayed.retain(|stayed| !others.contains(&stayed.reason));
         report
     }
@@ -491,6 +498,9 @@ impl Tally<'_> {
             let owner = pagemap.owner();
             tracing::debug!(target: "uhmm", %pages, ?owner, ?to, ?cause, "migrated");
             pagemap.counters.moved(to, cause, pages.pages());
+            if pagemap.policies().is_none() {
+                continue;
+            }
             let now = pagemap.clock().now();
             pagemap.policies().moved(&Moved { space, pages, owner, to, cause, now });
         }

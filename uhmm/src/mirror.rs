@@ -43,8 +43,10 @@ use crate::pagemap::DevicePagemap;
 #[must_use = "dropping a mirror ends it"]
 #[doc(alias = "hmm_mirror")]
 pub struct Mirror<D: Device> {
+    // Ends before the backend is told that it has.
     subscription: Subscription<MirrorNotifier<D>>,
     handle: MirrorHandle<D>,
+    ended: Ended,
 }
 
 /// A counted reference to a mirror: what a fault handler or a worker thread holds.
@@ -65,6 +67,12 @@ pub(crate) struct MirrorNotifier<D: Device> {
     pub(crate) device: Arc<D>,
     pub(crate) table: D::PageTable,
     mm: Mm,
+}
+
+/// Tells the backend, by its drop, that a mirror has ended.
+struct Ended {
+    mm: Mm,
+    range: PageRange,
 }
 
 /// A mirror that has not ended yet. Drop it to wait, or try again.
@@ -125,6 +133,7 @@ impl AddressSpace {
             .notifiers()
             .subscribe_with(range.va_range(), notifier, options)
             .map_err(|refused| refused.reason)?;
+        let ended = Ended { mm: mm.clone(), range };
         let handle = MirrorHandle {
             notifier: Handle::clone(&subscription),
             mm,
@@ -134,7 +143,7 @@ impl AddressSpace {
             range,
         };
         tracing::debug!(target: "uhmm", space = ?handle.mm.id(), %range, ?owner, "mirror");
-        Ok(Mirror { subscription, handle })
+        Ok(Mirror { subscription, handle, ended })
     }
 }
 
@@ -162,14 +171,20 @@ impl<D: Device> Mirror<D> {
         self,
         deadline: Instant,
     ) -> Result<Option<D::PageTable>, MirrorUnfinished<D>> {
-        let Mirror { subscription, handle } = self;
+        let Mirror { subscription, handle, ended } = self;
         match subscription.unsubscribe_deadline(deadline) {
             Ok(notifier) => Ok(notifier.map(|notifier| notifier.table)),
             Err(unfinished) => Err(MirrorUnfinished {
-                mirror: Mirror { subscription: unfinished.subscription, handle },
+                mirror: Mirror { subscription: unfinished.subscription, handle, ended },
                 reason: unfinished.reason,
             }),
         }
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.mm.backend().mirror_ended(self.range);
     }
 }
 

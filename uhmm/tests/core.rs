@@ -72,6 +72,29 @@ fn a_run_of_pages_is_faulted_in_by_one_call_and_counted_page_by_page() {
 }
 
 #[test]
+fn a_backend_is_told_when_a_mirror_has_ended_and_by_then_it_has() {
+    let rig = Rig::new(9, 0);
+    let (space, around) = Around::new(&rig, |_, _, _| (), |_, _| Ok(()));
+    let mirror = |first| space.mirror(&rig.gpu, range(first, 2)).expect("the process lives");
+    let (dropped, unregistered, outlived) = (mirror(1), mirror(3), mirror(5));
+    let soon = std::time::Instant::now() + std::time::Duration::from_secs(1);
+    let mut expected = Vec::new();
+    assert_eq!(*lock(&around.ended), expected);
+    drop(dropped);
+    expected.push((range(1, 2), false));
+    assert_eq!(*lock(&around.ended), expected);
+    assert!(unregistered.unregister_deadline(soon).is_ok_and(|table| table.is_some()));
+    expected.push((range(3, 2), false));
+    assert_eq!(*lock(&around.ended), expected);
+    drop(space);
+    // It knows nothing of the death of its address space but what the others know.
+    rig.finish();
+    assert!(outlived.unregister().is_none());
+    expected.push((range(5, 2), false));
+    assert_eq!(*lock(&around.ended), expected);
+}
+
+#[test]
 fn each_batch_is_counted_once() {
     let rig = Rig::new(0x400, 0);
     for index in [0, 0x3ff] {

@@ -68,6 +68,25 @@ fn device_load(rig: &Rig, index: u64) -> u64 {
 const MICROSECOND: Duration = Duration::from_micros(1);
 
 #[test]
+fn only_those_that_never_make_a_cpu_wait_are_prompt() {
+    let prompt: [Arc<dyn Policy>; 4] = [
+        Arc::new(FaultAround::new()),
+        Arc::new(DensityPrefetch::new()),
+        Arc::new(LeastRecentlyUsed),
+        Arc::new(FirstIn),
+    ];
+    assert!(Policies::none().are_prompt());
+    assert!(Policies::new(prompt.clone()).are_prompt());
+    let others: [Arc<dyn Policy>; 2] =
+        [Arc::new(MinimumResidency::new()), Arc::new(ThrashThrottle::new())];
+    for other in others {
+        let policies = Policies::new(prompt.clone()).and_shared(other);
+        assert!(!policies.are_prompt(), "{policies:?} can make a CPU wait");
+    }
+    assert!(!Policies::default().are_prompt());
+}
+
+#[test]
 fn without_a_policy_each_page_moves_by_its_own_fault() {
     let rig = rig(32, Policies::none());
     rig.fill(32, 100);

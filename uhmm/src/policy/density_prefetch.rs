@@ -77,6 +77,10 @@ impl Policy for DensityPrefetch {
         "density prefetch"
     }
 
+    fn is_prompt(&self) -> bool {
+        true
+    }
+
     fn device_fault(&self, fault: &DeviceFault<'_>, plan: &mut DevicePlan) {
         let Some(block) = fault.page.block(TREE).intersection(fault.mirror) else { return };
         if plan.location == Location::System {

@@ -49,6 +49,10 @@ impl Policy for FaultAround {
         "fault around"
     }
 
+    fn is_prompt(&self) -> bool {
+        true
+    }
+
     fn cpu_fault(&self, fault: &CpuFault, plan: &mut HomePlan) {
         let around = join(plan.range, fault.page.block(self.order));
         if around != plan.range {

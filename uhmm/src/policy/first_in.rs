@@ -16,6 +16,10 @@ impl Policy for FirstIn {
         "first in"
     }
 
+    fn is_prompt(&self) -> bool {
+        true
+    }
+
     fn victim(&self, candidate: &Candidate, verdict: &mut Verdict) {
         verdict.rank = super::nanoseconds(candidate.arrived);
     }

@@ -17,6 +17,10 @@ impl Policy for LeastRecentlyUsed {
         "least recently used"
     }
 
+    fn is_prompt(&self) -> bool {
+        true
+    }
+
     fn victim(&self, candidate: &Candidate, verdict: &mut Verdict) {
         verdict.rank = super::nanoseconds(candidate.used);
     }

@@ -58,6 +58,13 @@ pub trait Policy: Send + Sync + fmt::Debug + 'static {
         let _ = (fault, plan);
     }
 
+    /// Tells whether [`cpu_fault`](Policy::cpu_fault) and [`moved`](Policy::moved) wait for nobody, are
+    /// done in a few microseconds, and never want a nap. A backend then asks on the thread that all
+    /// CPU faults wait for, which is quicker than to let another thread ask.
+    fn is_prompt(&self) -> bool {
+        false
+    }
+
     /// Decides how soon a block leaves a full device.
     fn victim(&self, candidate: &Candidate, verdict: &mut Verdict) {
         let _ = (candidate, verdict);
@@ -247,6 +254,11 @@ impl Policies {
     /// Tells whether nobody is asked: pages come home one by one, and nobody waits.
     pub fn is_none(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// Tells whether all of them are [prompt](Policy::is_prompt).
+    pub fn are_prompt(&self) -> bool {
+        self.0.iter().all(|policy| policy.is_prompt())
     }
 
     /// Asks `policy` last. Pass an [`Arc`] by [`and_shared`](Policies::and_shared) to go on

@@ -35,6 +35,8 @@ pub(crate) struct Around {
     fault: Box<Fault>,
     pub(crate) faults: AtomicU32,
     pub(crate) next: Mutex<Option<Next>>,
+    /// The ranges of mirrors that have ended, and whether one of just this range was subscribed then.
+    pub(crate) ended: Mutex<Vec<(PageRange, bool)>>,
 }
 
 impl Around {
@@ -51,6 +53,7 @@ impl Around {
             fault: Box::new(fault),
             faults: AtomicU32::new(0),
             next: Mutex::new(None),
+            ended: Mutex::new(Vec::new()),
         });
         (AddressSpace::new(around.clone()), around)
     }
@@ -111,6 +114,11 @@ impl Backend for Around {
 
     fn end_exclusive(&self, range: PageRange, owner: Owner) {
         self.inner.backend().end_exclusive(range, owner);
+    }
+
+    fn mirror_ended(&self, range: PageRange) {
+        let subscribed = self.notifiers().subscribed(range.va_range());
+        lock(&self.ended).push((range, subscribed.contains(&range.va_range())));
     }
 
     // The simulated address space ends by itself, with its process.
