@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
+mod mutant;
 mod options;
 pub mod probe;
 mod process;

@@ -20,6 +20,7 @@ pub struct Options {
     pub(crate) max_registrations: usize,
     pub(crate) managed: Option<Vec<PageRange>>,
     pub(crate) only_hooked_forks: bool,
+    pub(crate) own_descriptors: bool,
     pub(crate) injector: Option<Injector>,
 }
 
@@ -32,6 +33,7 @@ impl Default for Options {
             max_registrations: 8192,
             managed: None,
             only_hooked_forks: false,
+            own_descriptors: false,
             injector: None,
         }
     }
@@ -113,8 +115,22 @@ impl Options {
         self
     }
 
+    /// Gives the calling thread, and those that serve, descriptors of their own, if `yes`: the program
+    /// does not see them, and cannot close them.
+    ///
+    /// The thread that attaches then has none of the program's descriptors any more. Its standard
+    /// input, output and error are `/dev/null`. So it is a thread made for this, and what uses the
+    /// attached process (devices, mirrors, migrations) runs on it, and on threads that it makes from
+    /// then on, and nowhere else. Forks of any thread are seen to.
+    #[must_use]
+    pub fn own_descriptors(mut self, yes: bool) -> Options {
+        self.own_descriptors = yes;
+        self
+    }
+
     /// Makes steps fail on demand, for tests: `register`, `unregister`, `move`, `copy`, `zeropage`,
-    /// `wake`, `populate`, `scan`, `staging`, `buffer`.
+    /// `wake`, `populate`, `interrupt` (a signal while a page is faulted in), `scan`, `staging`,
+    /// `buffer`, `nothing`.
     #[must_use]
     pub fn injector(mut self, injector: Injector) -> Options {
         self.injector = Some(injector);

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 use uhmm::{AddressSpace, Backend, PageRange};
@@ -13,12 +13,15 @@ use crate::probe::{NoMigration, Plan, Probe, probe};
 use crate::space::kernel::Kernel;
 use crate::space::{Abilities, HostMemory, Parts, Space};
 use crate::sys::allocator;
+use crate::sys::fork;
 use crate::sys::maps::Maps;
 use crate::sys::pagemap::Pagemap;
+use crate::sys::thread;
 use crate::sys::userfaultfd::{Features, Userfaultfd};
 
-/// Whether this process is attached.
-static ATTACHED: AtomicBool = AtomicBool::new(false);
+/// The [number](fork::process_number) of the process that is attached, or attaches; 0 if none is. A
+/// child finds that of its parent, which is not its own.
+static ATTACHED: AtomicU64 = AtomicU64::new(0);
 
 /// The calling process as an address space, for as long as a clone of this exists.
 ///
@@ -130,7 +133,9 @@ impl Process {
     ///
     /// [`AttachError`]. Nothing is left behind.
     pub fn attach(options: Options) -> Result<Process, AttachError> {
-        if ATTACHED.swap(true, Ordering::SeqCst) && !Process::is_inherited() {
+        let this = fork::process_number().map_err(|errno| AttachError::NoRoom { errno })?;
+        // Of several threads one attaches.
+        if ATTACHED.swap(this, Ordering::SeqCst) == this {
             return Err(AttachError::AlreadyAttached);
         }
         // What serves faults stays, wherever this is called.
@@ -144,6 +149,9 @@ impl Process {
     fn attach_once(options: Options) -> Result<Process, AttachError> {
         let no_userfaultfd = |errno| AttachError::Userfaultfd { errno };
         let no_proc = |errno| AttachError::Proc { errno };
+        if options.own_descriptors {
+            thread::own_descriptors().map_err(|errno| AttachError::NoRoom { errno })?;
+        }
         let probe = probe();
         let Plan { faults, features, migration } = probe.plan(options.only_hooked_forks);
         let uffd = Userfaultfd::open(faults, features).map_err(no_userfaultfd)?;
@@ -165,17 +173,13 @@ impl Process {
             max_registrations: options.max_registrations,
             managed,
             servers: options.servers,
+            own_descriptors: options.own_descriptors,
             patience: options.patience,
         };
         let space = Space::new(parts).map_err(no_room)?;
         let address_space = AddressSpace::new(Arc::clone(&space) as Arc<dyn Backend>);
         let found = Arc::new(Found { probe, migration });
         Ok(Process { address_space, space, found })
-    }
-
-    /// Tells whether the attachment that is noted is that of a parent.
-    fn is_inherited() -> bool {
-        Space::current_is_inherited()
     }
 
     /// Returns the address space.
@@ -224,6 +228,43 @@ impl Process {
         self.space.reserve_this_thread();
     }
 
+    /// Returns the memory that may move to devices, in ascending order: private memory without a file
+    /// that is mapped to be read and written, less what [stays](uhmm::StayReason::Reserved) since serving a
+    /// fault may need it. What of it is there, [`resident`](Process::resident) tells.
+    pub fn movable(&self) -> Vec<PageRange> {
+        self.space.movable_ranges()
+    }
+
+    /// Appends the parts of `range` to `out` that take memory now, in ascending order: not what is
+    /// away, was never touched, or is the page of zeroes that all share. Faults nothing in.
+    ///
+    /// It takes about 13 ms for each GiB of single pages, and next to nothing where none are.
+    pub fn resident(&self, range: PageRange, out: &mut Vec<PageRange>) {
+        self.space.resident_parts(range, out);
+    }
+
+    /// Keeps `range` from moving from now on, and brings home what of it is away: for memory that
+    /// serving a fault may need, besides what is known to.
+    ///
+    /// To be called with nothing locked that a fault may need.
+    pub fn reserve(&self, range: PageRange) {
+        self.space.reserve(range);
+    }
+
+    /// Keeps what the dynamic loader has noted of loaded objects from moving, as far as it was loaded
+    /// since this was last called, or since the process attached. Where this crate is in a shared
+    /// library, serving a fault may need it: to be called before anything is moved that may lie in
+    /// the C library's heap.
+    pub fn reserve_loader(&self) {
+        self.space.reserve_loader();
+    }
+
+    /// Keeps the arguments and the environment that the program was given from moving, so that others
+    /// can read them as ever (`/proc/PID/cmdline`, `ps`).
+    pub fn reserve_arguments(&self) {
+        self.space.reserve_arguments();
+    }
+
     /// Returns what happened so far.
     pub fn statistics(&self) -> ProcessStatistics {
         let counters = &self.space.counters;
@@ -258,7 +299,7 @@ impl Process {
 
 /// Notes that the process is not attached any more.
 pub(crate) fn detached() {
-    ATTACHED.store(false, Ordering::SeqCst);
+    ATTACHED.store(0, Ordering::SeqCst);
 }
 
 impl Deref for Process {

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use uhmm::{
     Access, FaultError, Frame, Order, PAGE_SIZE, Page, PageEntry, PageRange, RangeFault, Residency,
 };
+use uhmm_devices::gpu::{SoftGpu, SoftGpuOptions};
 use uhmm_linux::Process;
 
 /// `MADV_GUARD_INSTALL` (Linux 6.13).
@@ -627,5 +628,23 @@ fn the_whole_territory_can_be_looked_at() {
             assert_eq!(mapped, 2);
             drop(gpu.mirror(process, range));
         });
+    });
+}
+
+/// To hold a page is to move it: what the same device has translated leads to where it was.
+#[test]
+fn a_device_that_takes_a_page_exclusively_forgets_where_it_was() {
+    in_own_process(|| {
+        let process = attach();
+        let gpu = SoftGpu::new(SoftGpuOptions::new());
+        let mapping = Mapping::anonymous(4);
+        mapping.poke(1, 7);
+        let mirror = gpu.mirror(&process, mapping.range()).expect("the process is alive");
+        mirror.range_fault(&RangeFault::write(mapping.range())).expect("it is mapped");
+        let held = mirror.exclusive(mapping.page(1).into()).expect("it is the program's own");
+        assert_eq!(gpu.check([&*mirror]), Ok(()));
+        drop(held);
+        assert_eq!(gpu.check([&*mirror]), Ok(()));
+        assert_eq!(mapping.peek(1), 7);
     });
 }

@@ -4,7 +4,7 @@ mod common;
 
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Barrier, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,7 @@ use uhmm::{
     CopyJob, CopyKind, DeviceFrame, DeviceMemory, DevicePagemap, Order, OutOfDeviceMemory,
     PAGE_SIZE, SystemMemory,
 };
+use uhmm_linux::{AttachError, Options, Process};
 
 /// Device memory whose contents can be had only while it is open.
 struct Gated {
@@ -326,6 +327,28 @@ fn a_device_that_does_not_give_its_pages_leaves_the_child_no_zeroes() {
     });
 }
 
+/// What a parent has unmapped is kept for a child that lacks it, and for no longer.
+#[test]
+fn what_was_kept_for_a_child_in_vain_is_freed() {
+    in_own_process(|| {
+        let memory = Scattered::new(&attach());
+        memory.fill(1);
+        memory.process.migrate(memory.part(0), &memory.gpu.pagemap).run();
+        memory.gpu.injector.fail_always("copy");
+        let first = memory.mapping.word(0);
+        let pid = beside(
+            || child(How::Raw, || is_poisoned(trap::load(first))),
+            || {
+                assert!(eventually(|| memory.process.statistics().unforeseen_forks == 1));
+                unmap(memory.part(0));
+            },
+        );
+        assert_eq!(end_of(pid), End::Well);
+        memory.gpu.injector.clear();
+        assert!(eventually(|| memory.gpu.pagemap.used() == 0), "{}", memory.gpu.pagemap.used());
+    });
+}
+
 #[test]
 fn a_child_is_free_to_do_what_it_wants_at_once() {
     in_own_process(|| {
@@ -406,6 +429,38 @@ fn a_child_can_attach_anew_while_its_parent_goes_on() {
             memory.scatter();
             memory.check(1);
         }
+    });
+}
+
+/// The parent's attachment is none of the child's, in which threads may come to attach at once.
+#[test]
+fn of_several_threads_of_a_child_one_attaches() {
+    in_own_process(|| {
+        let memory = Scattered::new(&attach());
+        memory.fill(1);
+        for round in 0..20 {
+            let pid = child(WAYS[round % 2], || {
+                let barrier = Barrier::new(3);
+                let attach = || {
+                    barrier.wait();
+                    Process::attach(Options::new())
+                };
+                let attached = thread::scope(|scope| {
+                    let threads = [(); 3].map(|()| scope.spawn(attach));
+                    threads.map(|thread| thread.join().expect("it does not panic"))
+                });
+                let (ours, refused): (Vec<_>, Vec<_>) =
+                    attached.into_iter().partition(Result::is_ok);
+                let already = |result: &Result<Process, AttachError>| {
+                    matches!(result, Err(AttachError::AlreadyAttached))
+                };
+                ours.len() == 1 && refused.iter().all(already)
+            });
+            assert_eq!(end_of(pid), End::Well, "round {round}");
+        }
+        assert_eq!(Process::attach(Options::new()).err(), Some(AttachError::AlreadyAttached));
+        memory.scatter();
+        memory.check(1);
     });
 }
 

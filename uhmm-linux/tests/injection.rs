@@ -2,14 +2,14 @@
 
 mod common;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::OwnProcess;
 use common::children::{End, How, Scattered, child, end_of};
 use common::leaks::holdings;
 use common::memory::{Mapping, advise, remap, unmap};
 use common::rig::{Gpu, attach_with, device_add, device_load, device_store};
-use uhmm::{DevicePagemap, Injector, Order};
+use uhmm::{DevicePagemap, FaultError, Injector, Order, RangeFault};
 use uhmm_linux::{Options, Process};
 
 /// Everything that goes through the kernel, once. The contents are compared all the way; whether
@@ -150,6 +150,53 @@ fn never(steps: &[&'static str]) {
 fn service_goes_on_without_what_may_fail() {
     OwnProcess::new()
         .run(|| never(&["register", "unregister", "staging", "move", "zeropage", "populate"]));
+}
+
+/// Who sleeps for a page and cannot be woken would sleep for ever.
+#[test]
+fn where_nobody_can_be_woken_the_process_ends() {
+    OwnProcess::new().run(|| {
+        let pid = child(How::Hooked, || {
+            let injector = Injector::new();
+            let process = attach_with(Options::new().injector(injector.clone()));
+            let memory = Scattered::new(&process);
+            memory.fill(1);
+            memory.scatter();
+            injector.fail_always("wake");
+            unmap(memory.part(0));
+            // The event has been read, so this process is about to end.
+            common::eventually(|| false)
+        });
+        assert_eq!(end_of(pid), End::Signal(libc::SIGABRT));
+    });
+}
+
+/// A signal that comes while the kernel brings a page is no error, and so are many.
+#[test]
+fn a_fault_goes_on_however_often_it_is_interrupted() {
+    OwnProcess::new().run(|| {
+        let injector = Injector::new();
+        let process = attach_with(Options::new().injector(injector.clone()));
+        let mapping = Mapping::anonymous(2);
+        mapping.poke(0, 7);
+        let gpu = Gpu::new(16);
+        let mirror = gpu.mirror(&process, mapping.range());
+        injector.fail_always("interrupt");
+        let deadline = Instant::now() + Duration::from_millis(100);
+        let request = RangeFault::write(mapping.range()).deadline(deadline);
+        let result = mirror.range_fault(&request);
+        assert!(matches!(result, Err(FaultError::TimedOut { .. })), "{result:?}");
+        std::thread::scope(|scope| {
+            let fault = scope.spawn(|| device_store(&mirror, mapping.page(1), 8));
+            let asked = injector.asked("interrupt");
+            // So many calls within each other would not fit on its stack.
+            assert!(common::eventually(|| injector.asked("interrupt") > asked + 200_000));
+            assert!(!fault.is_finished());
+            injector.clear();
+            assert_eq!(fault.join().expect("it does not panic"), Ok(()));
+        });
+        assert_eq!((mapping.peek(0), mapping.peek(1)), (7, 8));
+    });
 }
 
 /// What has left without a copy and cannot come back stays away, and comes when it can.

@@ -4,6 +4,8 @@
 mod common;
 mod kernel;
 
+#[path = "migration/around.rs"]
+mod around;
 #[path = "migration/changed.rs"]
 mod changed;
 #[path = "migration/unseen.rs"]

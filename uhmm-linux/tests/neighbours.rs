@@ -18,7 +18,8 @@ use kernel::ring::Ring;
 use rustix::io::Errno;
 use uhmm::policy::Policies;
 use uhmm::{
-    Access, Clock, DevicePagemap, FaultError, PAGE_SIZE, PagemapOptions, RangeFault, StayReason,
+    Access, Clock, DevicePagemap, FaultError, Injector, PAGE_SIZE, PagemapOptions, RangeFault,
+    StayReason,
 };
 use uhmm_linux::{Options, Process};
 
@@ -226,22 +227,36 @@ fn a_program_can_lock_all_its_memory_while_pages_are_away() {
 /// `mlockall(MCL_CURRENT)` alone: what is mapped later is not locked, and can move.
 #[test]
 fn what_was_mapped_after_all_memory_was_locked_moves() {
+    in_own_process(|| what_was_mapped_later_moves(attach()));
+}
+
+/// The same where the kernel has no memory that is never locked (before Linux 6.11).
+#[test]
+fn what_was_mapped_after_all_memory_was_locked_moves_on_older_kernels() {
     in_own_process(|| {
-        let process = attach();
-        let memory = host(&process);
-        let mapping = Mapping::anonymous(64);
-        fill(&mapping);
-        assert_eq!(process.migrate(mapping.range(), &memory).run().moved, 64);
-        lock_all(libc::MCL_CURRENT);
-        assert_filled(&mapping);
-        let later = Mapping::anonymous(64);
-        fill(&later);
-        let gone = eventually(|| process.migrate(later.range(), &memory).run().is_complete());
-        assert!(gone, "{:?}", process.migrate(later.range(), &memory).run());
-        assert_filled(&later);
-        assert_all_locked(&process, &mapping, &memory);
-        assert_filled(&mapping);
+        let injector = Injector::new();
+        injector.fail_always("nothing");
+        let process = attach_with(Options::new().injector(injector.clone()));
+        assert_eq!(injector.asked("nothing"), 1);
+        what_was_mapped_later_moves(process);
     });
+}
+
+fn what_was_mapped_later_moves(process: Process) {
+    let memory = host(&process);
+    let mapping = Mapping::anonymous(64);
+    fill(&mapping);
+    assert_eq!(process.migrate(mapping.range(), &memory).run().moved, 64);
+    lock_all(libc::MCL_CURRENT);
+    assert_filled(&mapping);
+    assert_all_locked(&process, &mapping, &memory);
+    let later = Mapping::anonymous(64);
+    fill(&later);
+    let gone = eventually(|| process.migrate(later.range(), &memory).run().is_complete());
+    assert!(gone, "{:?}", process.migrate(later.range(), &memory).run());
+    assert_filled(&later);
+    assert_all_locked(&process, &mapping, &memory);
+    assert_filled(&mapping);
 }
 
 #[test]

@@ -42,15 +42,15 @@ const SIGABRT: i32 = 6;
 
 /// A deliberate break and the check that must notice it.
 #[derive(Debug, PartialEq, Eq)]
-struct Mutant {
-    name: String,
-    check: Check,
-    sentence: String,
+pub(crate) struct Mutant {
+    pub(crate) name: String,
+    pub(crate) check: Check,
+    pub(crate) sentence: String,
 }
 
 /// What must notice a mutant.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Check {
+pub(crate) enum Check {
     /// The loom model of this name fails.
     Model(String),
     /// The compiler refuses with this error code.
@@ -59,7 +59,7 @@ enum Check {
 
 /// Prints the table of mutants.
 pub(crate) fn list() -> Result<(), Failure> {
-    for Mutant { name, check, sentence } in read_table()? {
+    for Mutant { name, check, sentence } in read_table(TABLE)? {
         let by = match check {
             Check::Model(model) => model,
             Check::Compile(code) => format!("the compiler, {code}"),
@@ -71,8 +71,8 @@ pub(crate) fn list() -> Result<(), Failure> {
 
 /// Runs the mutants in `names`, or all if there are none, and fails if one survives.
 pub(crate) fn run(names: &[String]) -> Result<(), Failure> {
-    let table = read_table()?;
-    check_consistency(&table, &names_in_source(&root().join(SOURCE))?)?;
+    let table = read_table(TABLE)?;
+    check_consistency(&table, &names_in_source(&root().join(SOURCE))?, TABLE, SOURCE)?;
     if let Some(unknown) = names.iter().find(|name| table.iter().all(|m| m.name != **name)) {
         return failed(format!("no mutant is called `{unknown}`; `--list` shows them all"));
     }
@@ -119,12 +119,19 @@ pub(crate) fn run(names: &[String]) -> Result<(), Failure> {
     }
 }
 
-impl Mutant {
-    fn model(&self) -> Option<&str> {
-        match &self.check {
+impl Check {
+    /// The name of the model, or of the test, if it is one.
+    pub(crate) fn model(&self) -> Option<&str> {
+        match self {
             Check::Model(model) => Some(model),
             Check::Compile(_) => None,
         }
+    }
+}
+
+impl Mutant {
+    fn model(&self) -> Option<&str> {
+        self.check.model()
     }
 
     /// The command that must fail, and how long it may take.
@@ -144,12 +151,13 @@ impl Mutant {
 
 // The table.
 
-fn read_table() -> Result<Vec<Mutant>, Failure> {
-    let path = root().join(TABLE);
+/// Reads a table, by its place from the repository root.
+pub(crate) fn read_table(table: &str) -> Result<Vec<Mutant>, Failure> {
+    let path = root().join(table);
     let text = fs::read_to_string(&path)
         .or_else(|error| failed(format!("cannot read {}: {error}", path.display())))?;
-    let table = parse(&text).or_else(|error| failed(format!("{TABLE}:{error}")))?;
-    if table.is_empty() { failed(format!("{TABLE} lists no mutant")) } else { Ok(table) }
+    let mutants = parse(&text).or_else(|error| failed(format!("{table}:{error}")))?;
+    if mutants.is_empty() { failed(format!("{table} lists no mutant")) } else { Ok(mutants) }
 }
 
 /// Reads a table of mutants. The error begins with the number of the line.
@@ -211,8 +219,13 @@ fn is_error_code(word: &str) -> bool {
 // The table against the source.
 
 /// Fails unless the table and the source name the same mutants.
-fn check_consistency(table: &[Mutant], source: &BTreeSet<String>) -> Result<(), Failure> {
-    let listed: BTreeSet<String> = table.iter().map(|mutant| mutant.name.clone()).collect();
+pub(crate) fn check_consistency(
+    mutants: &[Mutant],
+    source: &BTreeSet<String>,
+    table: &str,
+    folder: &str,
+) -> Result<(), Failure> {
+    let listed: BTreeSet<String> = mutants.iter().map(|mutant| mutant.name.clone()).collect();
     let only = |these: &BTreeSet<String>, others: &BTreeSet<String>| {
         these.difference(others).cloned().collect::<Vec<_>>().join(", ")
     };
@@ -220,16 +233,16 @@ fn check_consistency(table: &[Mutant], source: &BTreeSet<String>) -> Result<(), 
     let missing_in_table = only(source, &listed);
     let mut errors = Vec::new();
     if !missing_in_source.is_empty() {
-        errors.push(format!("in {TABLE} but not in {SOURCE}: {missing_in_source}"));
+        errors.push(format!("in {table} but not in {folder}: {missing_in_source}"));
     }
     if !missing_in_table.is_empty() {
-        errors.push(format!("in {SOURCE} but not in {TABLE}: {missing_in_table}"));
+        errors.push(format!("in {folder} but not in {table}: {missing_in_table}"));
     }
     if errors.is_empty() { Ok(()) } else { failed(errors.join("\n")) }
 }
 
 /// The names of all mutants in the Rust files under `folder`.
-fn names_in_source(folder: &Path) -> Result<BTreeSet<String>, Failure> {
+pub(crate) fn names_in_source(folder: &Path) -> Result<BTreeSet<String>, Failure> {
     let unreadable = |error| Failure::Failed(format!("cannot read {}: {error}", folder.display()));
     let mut names = BTreeSet::new();
     for entry in fs::read_dir(folder).map_err(unreadable)? {
@@ -451,12 +464,12 @@ mod tests {
     fn a_difference_between_table_and_source_is_named() {
         let table = [mutant("both"), mutant("only_listed")];
         let source = ["both", "only_there"].map(str::to_owned).into();
-        let Err(Failure::Failed(error)) = check_consistency(&table, &source) else {
+        let Err(Failure::Failed(error)) = check_consistency(&table, &source, TABLE, SOURCE) else {
             panic!("the difference is not seen");
         };
         assert!(error.contains("not in mmu-notifier/src: only_listed"), "{error}");
         assert!(error.contains("not in mmu-notifier/tests/mutants.txt: only_there"), "{error}");
-        assert!(check_consistency(&table[..1], &["both".to_owned()].into()).is_ok());
+        assert!(check_consistency(&table[..1], &["both".to_owned()].into(), TABLE, SOURCE).is_ok());
     }
 
     #[test]

@@ -35,10 +35,15 @@ fn placements() -> Vec<Placement> {
 
 pub(crate) fn run(effort: &Effort) {
     for placement in placements() {
+        if effort.leaves_out(placement.name) {
+            continue;
+        }
         one_page(effort, &placement);
     }
     run_on(&processors_of_all());
-    in_sequence(effort);
+    if !effort.leaves_out("sequence") {
+        in_sequence(effort);
+    }
 }
 
 /// The processors that this process began with.

@@ -3,9 +3,10 @@
 use uhmm::{Order, PAGE_SIZE, RangeFault};
 
 use super::bare::Memory;
+use super::leaving::Bare;
 use super::plot::{Curve, Plot};
 use super::rig::Rig;
-use super::rounds::{Effort, median, time};
+use super::rounds::{Effort, time};
 
 const HUGE: usize = Order::HUGE.pages() as usize;
 
@@ -26,9 +27,10 @@ fn add(curves: &mut Vec<Curve>, name: &str, point: (f64, f64)) {
     }
 }
 
-fn many(times: usize, mut run: impl FnMut() -> f64) -> f64 {
-    let mut taken: Vec<f64> = (0..times).map(|_| run()).collect();
-    median(&mut taken)
+/// Returns the least that something takes of so many times: whatever else the machine does adds to
+/// it, and here nothing is compared that took turns.
+fn least(times: usize, run: impl FnMut() -> f64) -> f64 {
+    std::iter::repeat_with(run).take(times).fold(f64::INFINITY, f64::min)
 }
 
 /// Operations on one page, in a process with so many mappings.
@@ -46,7 +48,7 @@ fn by_mappings(effort: &Effort) -> Plot {
         let mirror = rig.mirror(&memory);
         let mut point = |name: &str, run: &mut dyn FnMut() -> f64| {
             let times = if effort.quick { 2 } else { 400 };
-            add(&mut curves, name, (count as f64, many(times, run)));
+            add(&mut curves, name, (count as f64, least(times, run)));
         };
         point("CPU fault, plain", &mut || {
             others.discard(others.page(count - 1).into());
@@ -64,7 +66,7 @@ fn by_mappings(effort: &Effort) -> Plot {
             rig.fetch(page.into());
             taken
         });
-        point("CPU fault, back", &mut || {
+        point("CPU fault, back, mirrored", &mut || {
             rig.send(page.into(), &rig.in_place);
             time(|| memory.load(0)).0
         });
@@ -74,11 +76,29 @@ fn by_mappings(effort: &Effort) -> Plot {
     }
     Plot {
         name: "by-mappings",
-        title: "One page, in a process of so many mappings",
+        title: "One page, in a process of so many mappings: the least of 400",
         across: "mappings",
         up: "us",
         curves,
     }
+}
+
+/// What the kernel takes for the same on so many pages.
+fn floors(pages: usize, times: usize, add: &mut dyn FnMut(&str, f64)) {
+    let bare = Bare::new(pages, false);
+    let send = || {
+        let taken = time(|| bare.send()).0;
+        bare.fetch();
+        taken
+    };
+    add("bare MOVE", least(times, send));
+    drop(bare);
+    let memory = Memory::new(pages);
+    let populate = || {
+        memory.discard(memory.range());
+        time(|| memory.populate(memory.range(), true)).0
+    };
+    add("bare MADV_POPULATE_WRITE", least(times, populate));
 }
 
 /// Operations on a whole range, for each page of it.
@@ -94,7 +114,7 @@ fn by_bytes(effort: &Effort) -> Plot {
         let mirror = rig.mirror(&memory);
         let times = if effort.quick { 1 } else { (256 / mebibytes).clamp(3, 25) };
         let mut point = |name: &str, run: &mut dyn FnMut() -> f64| {
-            let taken = many(times, run) / pages as f64;
+            let taken = least(times, run) / pages as f64;
             add(&mut curves, name, (mebibytes as f64, taken));
         };
         point("device fault, cold", &mut || {
@@ -115,15 +135,19 @@ fn by_bytes(effort: &Effort) -> Plot {
             rig.send(range, &rig.in_place);
             time(|| rig.fetch(range)).0
         });
-        point("CPU fault, back, by 2 MiB", &mut || {
+        point("CPU fault, back, mirrored", &mut || {
             rig.send(range, &rig.in_place);
             time(|| (0..pages).for_each(|page| assert_eq!(memory.load(page), page as u64))).0
+        });
+        drop((mirror, memory, rig));
+        floors(pages, times, &mut |name, taken| {
+            add(&mut curves, name, (mebibytes as f64, taken / pages as f64));
         });
         mebibytes *= 2;
     }
     Plot {
         name: "by-bytes",
-        title: "A whole range of 4 KiB pages, for each page",
+        title: "A whole range of 4 KiB pages, for each page: the least of some",
         across: "MiB",
         up: "us",
         curves,

@@ -1,11 +1,14 @@
 //! What a live process costs when it is attached, beside what the kernel takes for the same.
 //!
-//! `cargo bench -p uhmm-linux` prints tables; arguments choose among the groups by a part of their
-//! names, `--out FOLDER` has the curves written there as `.csv` and `.svg`, and `--rounds N`
-//! measures longer. Each figure stands beside a floor that is measured in the same run: the same
-//! work by bare system calls ([`bare`]). Subject and floors take turns, round by round, so that
-//! what else the machine does meets all of them alike; what is compared is the medians of the
-//! rounds, and the interval is one of 95 percent for the median of the rounds' ratios.
+//! `cargo bench -p uhmm-linux --bench process` prints tables. Arguments choose among the groups by a
+//! part of their names. `--out FOLDER` has the tables written there as well, as `tables.csv`, and the
+//! curves as `.csv` and `.svg`. `--rounds N` measures longer. `--load PART` measures only loads and
+//! placements so named, for a profile.
+//!
+//! Each figure stands beside a floor that is measured in the same run: the same work by bare system
+//! calls ([`bare`]). Subject and floors take turns, round by round, so that what else the machine
+//! does meets all of them alike; what is compared is the medians of the rounds, and the interval is
+//! one of 95 percent for the median of the rounds' ratios.
 //!
 //! The figures and the machine are in `docs/performance.md`.
 
@@ -57,6 +60,9 @@ fn main() {
             "--out" => {
                 effort.out = Some(PathBuf::from(arguments.next().expect("--out takes a folder")));
             }
+            "--load" => {
+                effort.load = Some(arguments.next().expect("--load takes a part of a name"))
+            }
             overhead::CHILD => {
                 return overhead::child(&arguments.next().expect("it is told what to be"));
             }
@@ -73,5 +79,8 @@ fn main() {
         if wanted.is_empty() || wanted.iter().any(|part| name.contains(part.as_str())) {
             run(&effort);
         }
+    }
+    if let Some(folder) = &effort.out {
+        rounds::write_tables(folder);
     }
 }

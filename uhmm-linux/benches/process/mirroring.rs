@@ -1,11 +1,11 @@
 //! What it costs that a device mirrors memory: faults, looks, holds, and what the program does to
 //! what is mirrored.
 
-use uhmm::{Order, RangeFault};
+use uhmm::{Order, PageRange, RangeFault};
 
 use super::bare::{Handler, Memory, Pagemap, Uffd, Wait};
 use super::rig::Rig;
-use super::rounds::{Effort, Side, row, table, take_turns, time};
+use super::rounds::{Effort, Side, median, row, table, take_turns, time};
 
 const HUGE: usize = Order::HUGE.pages() as usize;
 
@@ -22,17 +22,17 @@ fn cold_faults(effort: &Effort) {
     let many = if effort.quick { HUGE } else { 32 * HUGE };
     for (name, pages, longer) in [("one page", 1, 1), ("2 MiB", HUGE, 1), ("64 MiB", many, 2)] {
         let rig = Rig::new(1);
-        let (memory, bare) = (Memory::new(pages), Memory::new(pages));
-        let (range, bare_range) = (memory.range(), bare.range());
-        let mirror = rig.mirror(&memory);
         let times = if pages == 1 { effort.samples } else { 1 };
-        let cold = |memory: &Memory, run: &dyn Fn()| {
-            let mut sum = 0.0;
-            for _ in 0..times {
-                memory.discard(memory.range());
-                sum += time(run).0;
-            }
-            sum / (times * pages) as f64
+        let (memory, bare) = (Memory::new(times * pages), Memory::new(times * pages));
+        let mirror = rig.mirror(&memory);
+        // The median of the pieces: the first meets what is still done about the discard.
+        let cold = |memory: &Memory, run: &dyn Fn(PageRange)| {
+            memory.discard(memory.range());
+            let starts = (0..times).map(|index| memory.page(index * pages));
+            let pieces = starts.map(|first| PageRange::from_pages(first, pages as u64));
+            let pieces = pieces.map(|piece| piece.expect("of this memory"));
+            median(&mut pieces.map(|piece| time(|| run(piece)).0).collect::<Vec<_>>())
+                / pages as f64
         };
         let fault =
             |request: RangeFault<'_>| _ = mirror.range_fault(&request).expect("all can be had");
@@ -40,16 +40,16 @@ fn cold_faults(effort: &Effort) {
             effort.rounds_of(longer),
             vec![
                 Side::new(format!("{name}, for writing"), || {
-                    cold(&memory, &|| fault(RangeFault::write(range)))
+                    cold(&memory, &|piece| fault(RangeFault::write(piece)))
                 }),
                 Side::new("MADV_POPULATE_WRITE", || {
-                    cold(&bare, &|| bare.populate(bare_range, true))
+                    cold(&bare, &|piece| bare.populate(piece, true))
                 }),
                 Side::new(format!("{name}, for reading"), || {
-                    cold(&memory, &|| fault(RangeFault::read(range)))
+                    cold(&memory, &|piece| fault(RangeFault::read(piece)))
                 }),
                 Side::new("MADV_POPULATE_READ", || {
-                    cold(&bare, &|| bare.populate(bare_range, false))
+                    cold(&bare, &|piece| bare.populate(piece, false))
                 }),
             ],
         );

@@ -30,7 +30,7 @@ impl Plot {
         let mut text = format!("curve,{},{}\n", self.across, self.up);
         for curve in &self.curves {
             for (x, y) in &curve.points {
-                writeln!(text, "{},{x},{y:.4}", curve.name).expect("a string takes all");
+                writeln!(text, "\"{}\",{x},{y:.4}", curve.name).expect("a string takes all");
             }
         }
         text

@@ -1,6 +1,7 @@
 //! Taking turns, and what is made of the figures.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Instant;
 
 /// How much is measured.
@@ -14,18 +15,25 @@ pub(crate) struct Effort {
     pub(crate) quick: bool,
     /// Where the curves go.
     pub(crate) out: Option<PathBuf>,
+    /// What the name of a load, or of a placement, has in it that is measured, if not all are.
+    pub(crate) load: Option<String>,
 }
 
 impl Default for Effort {
     fn default() -> Effort {
-        Effort { rounds: 41, samples: 128, quick: false, out: None }
+        Effort { rounds: 41, samples: 128, quick: false, out: None, load: None }
     }
 }
 
 impl Effort {
     /// One round of little.
     pub(crate) fn quick() -> Effort {
-        Effort { rounds: 1, samples: 4, quick: true, out: None }
+        Effort { rounds: 1, samples: 4, quick: true, out: None, load: None }
+    }
+
+    /// Tells whether a load of this name is not wanted.
+    pub(crate) fn leaves_out(&self, name: &str) -> bool {
+        self.load.as_ref().is_some_and(|part| !name.contains(part.as_str()))
     }
 
     /// Returns how many rounds to make of something that takes so many times longer than others.
@@ -121,8 +129,23 @@ pub(crate) fn time<R>(run: impl FnOnce() -> R) -> (f64, R) {
     (start.elapsed().as_nanos() as f64 / 1000.0, result)
 }
 
+/// The name of the last table.
+static TABLE: Mutex<String> = Mutex::new(String::new());
+
+/// The tables so far, a line for each row, for programs to read.
+static TABLES: Mutex<String> = Mutex::new(String::new());
+
+/// Writes the tables so far to a file.
+pub(crate) fn write_tables(folder: &Path) {
+    let rows = TABLES.lock().expect("no panic");
+    let text = format!("what,us,floor,floor us,ratio,from,to,goal,table\n{rows}");
+    std::fs::create_dir_all(folder).expect("the folder can be made");
+    std::fs::write(folder.join("tables.csv"), text).expect("the folder takes files");
+}
+
 /// Begins a table.
 pub(crate) fn table(name: &str) {
+    *TABLE.lock().expect("no panic") = name.to_owned();
     println!("\n### {name}\n");
     println!("| what | us | floor | us | ratio | 95 % | goal |");
     println!("| --- | ---: | --- | ---: | ---: | --- | ---: |");
@@ -133,13 +156,16 @@ pub(crate) fn row(subject: &Series, floors: &[&Series], goal: Option<f64>) {
     let (ratio, floor) = compare(subject, floors);
     let best = floors.iter().find(|series| series.name == floor).expect("it is one of them");
     let goal = goal.map_or(String::new(), |goal| format!("{goal}"));
+    let (name, taken, least) = (&subject.name, subject.median(), best.median());
+    let (of_medians, (from, to)) = (ratio.of_medians, ratio.interval);
     println!(
-        "| {} | {:.3} | {floor} | {:.3} | {:.2} | {:.2} to {:.2} | {goal} |",
-        subject.name,
-        subject.median(),
-        best.median(),
-        ratio.of_medians,
-        ratio.interval.0,
-        ratio.interval.1,
+        "| {name} | {taken:.3} | {floor} | {least:.3} | {of_medians:.2} | {from:.2} to {to:.2} | \
+         {goal} |"
     );
+    let of = TABLE.lock().expect("no panic");
+    let row = format!(
+        "\"{name}\",{taken:.4},\"{floor}\",{least:.4},{of_medians:.3},{from:.3},{to:.3},{goal},\
+         \"{of}\"\n"
+    );
+    TABLES.lock().expect("no panic").push_str(&row);
 }

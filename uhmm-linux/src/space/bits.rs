@@ -11,10 +11,14 @@ const WORDS: usize = 512;
 /// How many pages have their bits in one word.
 const PAGES: u64 = 64;
 
+/// The bits of all of them.
+const ALL: u64 = u64::MAX;
+
 /// A bit for each page of a range, all of them clear at first. Takes memory as far as bits are set.
 ///
 /// All accesses are relaxed: who asks about a page owns it, or holds the lock under which it changed
-/// hands. A word is shared with pages of other owners, so it is changed in one step.
+/// hands. A word is shared with pages of other owners, so it is changed in one step, unless all of its
+/// pages are the caller's: then nobody else changes it.
 pub(super) struct PageBits {
     range: PageRange,
     leaves: Box<[OnceLock<Box<[AtomicU64; WORDS]>>]>,
@@ -31,7 +35,10 @@ impl PageBits {
         for (index, mask) in self.words(pages) {
             let leaf = self.leaves[index / WORDS]
                 .get_or_init(|| Box::new([const { AtomicU64::new(0) }; WORDS]));
-            leaf[index % WORDS].fetch_or(mask, Ordering::Relaxed);
+            match mask {
+                ALL => leaf[index % WORDS].store(ALL, Ordering::Relaxed),
+                _ => _ = leaf[index % WORDS].fetch_or(mask, Ordering::Relaxed),
+            }
         }
     }
 
@@ -40,7 +47,16 @@ impl PageBits {
         let mut any = false;
         for (index, mask) in self.words(pages) {
             if let Some(leaf) = self.leaves[index / WORDS].get() {
-                any |= leaf[index % WORDS].fetch_and(!mask, Ordering::Relaxed) & mask != 0;
+                let word = &leaf[index % WORDS];
+                let before = match mask {
+                    ALL => {
+                        let before = word.load(Ordering::Relaxed);
+                        word.store(0, Ordering::Relaxed);
+                        before
+                    }
+                    _ => word.fetch_and(!mask, Ordering::Relaxed),
+                };
+                any |= before & mask != 0;
             }
         }
         any

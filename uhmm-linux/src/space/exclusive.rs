@@ -12,12 +12,16 @@ use uhmm::{Access, FaultError, Order, Page, PageRange, StayReason};
 use super::state::{CHUNK, Extent, Place, State};
 use super::take::Candidate;
 use super::{Space, count};
+use crate::mutant::mutant;
 
 /// How long no page may be had of those that are to be held.
 const BUDGET: Duration = Duration::from_secs(1);
 
 /// How often a page may turn out to be shared or in use before it is taken to be pinned.
 const TRIES: u32 = 3;
+
+/// How often the kernel may put off to move a page in a row.
+const TRIES_TO_MOVE: u32 = 1000;
 
 /// What became of a page that was to be held.
 enum Attempt {
@@ -64,7 +68,13 @@ impl Space {
                 let reason = StayReason::Unsupported;
                 return Err(FaultError::NotExclusive { page: first, reason });
             }
-            let event = Event::new(EventKind::Exclusive, piece.va_range()).owned_by(owner);
+            // Not by the owner: what it has translated leads to where the page is about to leave.
+            let covered = PageRange::from_bounds(first, rest[rest.len() - 1]);
+            let covered = covered.expect("pages are in ascending order");
+            let event = match mutant!("a_hold_spares_its_owner") {
+                true => Event::new(EventKind::Exclusive, covered.va_range()).owned_by(owner),
+                false => Event::new(EventKind::Exclusive, covered.va_range()),
+            };
             let announced = self.notifiers.invalidate_range_start(event);
             self.unlock_staging();
             let result = self.try_hold(&rest, owner, busy >= TRIES);
@@ -141,48 +151,62 @@ impl Space {
         }
     }
 
+    /// Holds a page, as it is mapped when the kernel lets it move: where events come first, it is tried
+    /// again at once, while none is under way. Else those that hold would wait for the program to do
+    /// nothing for a moment.
     fn hold_candidate(&self, state: &mut State, candidate: Candidate, owner: Owner) -> Attempt {
         let page = candidate.pages.first();
-        if state.forking > 0 || state.over || state.at(page).is_some() {
-            return Attempt::Missing;
-        }
-        let mut refused = None;
-        if self.allowed(state, page.into(), &mut |_, reason| refused = Some(reason)).is_empty() {
-            return match refused {
-                Some(StayReason::Changed) | None => Attempt::Missing,
-                Some(reason) => Attempt::Refused(reason),
-            };
-        }
-        match self.register_missing(state, page.into(), candidate.mapping) {
-            Ok(()) => {}
-            Err(StayReason::Changed) => return Attempt::Missing,
-            Err(reason) => return Attempt::Refused(reason),
+        if let Err(attempt) = self.may_hold(state, candidate) {
+            return attempt;
         }
         let Some(block) = self.allocate_staging(Order::PAGE) else {
             return Attempt::Refused(StayReason::OutOfSystemMemory);
         };
-        loop {
+        for _ in 0..TRIES_TO_MOVE {
             let confirmed = self.confirm(state, page.into());
             match confirmed.and_then(|()| self.kernel.move_out(page.into(), block.first()).result) {
-                Ok(()) => break,
+                Ok(()) => {
+                    self.staging.fill(block.range());
+                    let place = Place::Held { owner, block };
+                    state.insert(page, Extent::new(Order::PAGE, place));
+                    return Attempt::Held;
+                }
                 Err(Errno::AGAIN) => {
                     count(&self.counters.retries, 1);
-                    let epoch = state.epoch;
                     self.drain(state);
-                    if state.epoch != epoch {
-                        return Attempt::Missing;
+                    if let Err(attempt) = self.may_hold(state, candidate) {
+                        return attempt;
                     }
                 }
-                Err(Errno::NOENT) => return Attempt::Missing,
                 Err(Errno::BUSY) => return Attempt::Busy,
                 Err(Errno::INVAL) => return Attempt::Refused(self.explain_refusal(page)),
                 Err(Errno::NOMEM) => return Attempt::Refused(StayReason::OutOfSystemMemory),
+                // It is not there, or not any more.
                 Err(_) => return Attempt::Missing,
             }
         }
-        self.staging.fill(block.range());
-        state.insert(page, Extent::new(Order::PAGE, Place::Held { owner, block }));
-        Attempt::Held
+        Attempt::Missing
+    }
+
+    /// Tells whether a page is one that can be held, as far as is known here, and registers it.
+    fn may_hold(&self, state: &mut State, candidate: Candidate) -> Result<(), Attempt> {
+        let page = candidate.pages.first();
+        if state.forking > 0 || state.over || state.at(page).is_some() {
+            return Err(Attempt::Missing);
+        }
+        let mut refused = None;
+        if self.allowed(state, page.into(), &mut |_, reason| refused = Some(reason)).is_empty() {
+            return Err(match refused {
+                Some(StayReason::Changed) | None => Attempt::Missing,
+                Some(reason) => Attempt::Refused(reason),
+            });
+        }
+        self.register_missing(state, page.into(), candidate.mapping).map_err(
+            |reason| match reason {
+                StayReason::Changed => Attempt::Missing,
+                reason => Attempt::Refused(reason),
+            },
+        )
     }
 
     /// Does what [`Backend::end_exclusive`](uhmm::Backend::end_exclusive) says.

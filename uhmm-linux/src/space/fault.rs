@@ -9,7 +9,7 @@ use uhmm::{Access, DevicePagemap, FaultError, Order, Page, PageRange};
 
 use super::Space;
 use super::home::Put;
-use super::snapshot::Watched;
+use super::snapshot::{TRIES, Watched};
 use super::state::{IsolationId, Place, State};
 use crate::sys::maps::Kind;
 
@@ -43,7 +43,7 @@ impl Space {
         let (permitted, refused) = self.permitted(range, access);
         if let Some(permitted) = permitted {
             self.fetch(permitted, keep, deadline)?;
-            self.populate(permitted, access)?;
+            self.populate(permitted, access, deadline)?;
         }
         match refused {
             None => Ok(()),
@@ -59,6 +59,7 @@ impl Space {
         access: Access,
     ) -> (Option<PageRange>, Option<FaultError>) {
         let mut next = Some(range.first());
+        let mut tries = 0;
         let before = |page: Page| {
             let last = page.number().checked_sub(1).and_then(Page::new);
             last.and_then(|last| PageRange::from_bounds(range.first(), last))
@@ -75,8 +76,14 @@ impl Space {
             // answer. Nobody would hear of changes then, so it is of no use to a device anyway.
             let allowed = match self.device_rights(&vma) {
                 allowed if allowed < access => allowed,
-                _ if matches!(self.watch_around(piece, &vma), Watched::Never) => Access::None,
-                allowed => allowed,
+                allowed => match self.watch_around(piece, &vma) {
+                    Watched::Before | Watched::Now => allowed,
+                    Watched::Changed if tries < TRIES => {
+                        tries += 1;
+                        continue;
+                    }
+                    Watched::Changed | Watched::Never => Access::None,
+                },
             };
             if allowed < access {
                 let denied = FaultError::Denied { page, wanted: access, allowed };
@@ -162,9 +169,14 @@ impl Space {
     }
 
     /// Has the kernel fault in what of `range` is not out.
-    fn populate(&self, range: PageRange, access: Access) -> Result<(), FaultError> {
+    fn populate(
+        &self,
+        range: PageRange,
+        access: Access,
+        deadline: Option<Instant>,
+    ) -> Result<(), FaultError> {
         let thread = thread_number();
-        let gaps: Vec<PageRange> = {
+        let gaps = {
             let mut state = self.lock();
             // While the kernel waits on behalf of a thread, others must know for what.
             if state.isolations.values().any(|isolation| isolation.thread == thread) {
@@ -172,21 +184,61 @@ impl Space {
             }
             state.gaps(range)
         };
-        let result = gaps.into_iter().try_for_each(|gap| self.populate_run(gap, access));
+        let result = gaps.into_iter().try_for_each(|gap| self.populate_run(gap, access, deadline));
         self.lock().populating.remove(&thread);
         result
     }
 
-    fn populate_run(&self, run: PageRange, access: Access) -> Result<(), FaultError> {
-        let write = access >= Access::Write;
-        match self.kernel.populate(run, write) {
-            Ok(()) => Ok(()),
-            // Which page it was the kernel does not say.
-            Err(_) if run.pages() > 1 => {
-                run.iter().try_for_each(|page| self.populate_run(page.into(), access))
+    fn populate_run(
+        &self,
+        run: PageRange,
+        access: Access,
+        deadline: Option<Instant>,
+    ) -> Result<(), FaultError> {
+        if run.pages() > 1 && self.populate_until(run, access, deadline).is_ok() {
+            return Ok(());
+        }
+        // Which page it was the kernel does not say.
+        run.iter().try_for_each(|page| self.populate_page(page, access, deadline))
+    }
+
+    /// Has the kernel fault one page in. What it refuses may be there when it is looked for, since it
+    /// was another mapping just then: so it is asked again before an error is believed.
+    fn populate_page(
+        &self,
+        page: Page,
+        access: Access,
+        deadline: Option<Instant>,
+    ) -> Result<(), FaultError> {
+        let mut tries = 0;
+        loop {
+            let error = match self.populate_until(page.into(), access, deadline) {
+                Ok(()) => return Ok(()),
+                Err(Errno::AGAIN | Errno::INTR) => return Err(FaultError::TimedOut { page }),
+                Err(error) => error,
+            };
+            tries += 1;
+            match self.explain(page, access, error) {
+                hole @ FaultError::Hole { .. } => return Err(hole),
+                error if tries == TRIES => return Err(error),
+                _ => {}
             }
-            Err(Errno::AGAIN | Errno::INTR) => self.populate_run(run, access),
-            Err(error) => Err(self.explain(run.first(), access, error)),
+        }
+    }
+
+    /// Has the kernel fault `pages` in, as often as it is interrupted by signals, until `deadline`.
+    fn populate_until(
+        &self,
+        pages: PageRange,
+        access: Access,
+        deadline: Option<Instant>,
+    ) -> Result<(), Errno> {
+        loop {
+            match self.kernel.populate(pages, access >= Access::Write) {
+                Err(Errno::AGAIN | Errno::INTR)
+                    if deadline.is_none_or(|deadline| deadline > Instant::now()) => {}
+                result => return result,
+            }
         }
     }
 

@@ -40,9 +40,11 @@ use rangemap::{RangeMap, RangeSet};
 use rustix::io::Errno;
 use uhmm::{Order, Page, PageRange};
 
+use super::desk::Errand;
 use super::serve::AbortOnPanic;
 use super::state::{Place, State, is_in_limbo, numbers, range_of};
 use super::{Space, count, fatal, lock};
+use crate::mutant::mutant;
 use crate::sys::advise;
 use crate::sys::allocator;
 use crate::sys::fork::{self, Wiped};
@@ -65,6 +67,8 @@ pub(super) struct Child {
     lacks: RangeMap<u64, u64>,
     /// What was registered when it was born.
     registered: Vec<Range<u64>>,
+    /// Why it did not get something.
+    failure: Option<Errno>,
 }
 
 /// Returns the numbers of the pages that must not move, so that the sentinel is above all that does.
@@ -79,12 +83,7 @@ impl Space {
         fork::hooks(prepare, parent, child)
     }
 
-    /// Tells whether the space that is noted is that of a parent of this process.
-    pub(crate) fn current_is_inherited() -> bool {
-        lock(&CURRENT).upgrade().is_some_and(|space| !space.is_here())
-    }
-
-    fn before_fork(&self) {
+    pub(super) fn before_fork(&self) {
         self.reserve_this_thread();
         let out = {
             let mut state = self.lock();
@@ -168,7 +167,7 @@ impl Space {
         }
     }
 
-    fn after_fork(&self) {
+    pub(super) fn after_fork(&self) {
         let kept = std::mem::take(&mut self.lock().kept_from_child);
         for range in kept {
             // If it fails the next child lacks the range too, and gets a signal.
@@ -212,7 +211,7 @@ impl Space {
     fn let_forks_go(&self, sentinel: &Sentinel) {
         let deadline = Instant::now() + PATIENCE;
         let mut state = self.lock();
-        while !state.children.is_empty() {
+        while !state.children.is_empty() && !mutant!("forks_are_not_held_back") {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 self.give_up_children(&mut state);
@@ -295,7 +294,8 @@ impl Space {
         let out = state.extents().map(|(first, extent)| first.block(extent.order));
         let out = out.filter(|block| !is_in_limbo(block.first()));
         let lacks: RangeMap<u64, u64> = out.map(|block| (numbers(block), 0)).collect();
-        let mut child = Child { uffd, lacks, registered };
+        let lacks = if mutant!("children_lack_pages") { RangeMap::new() } else { lacks };
+        let mut child = Child { uffd, lacks, registered, failure: None };
         state.crowded = None;
         if let Some(wiped) = state.wiped.as_ref().filter(|_| !child.lacks.is_empty()) {
             match wiped.ranges() {
@@ -306,7 +306,7 @@ impl Space {
             }
         }
         if child.lacks.is_empty() {
-            child.release();
+            child.release(state);
             return;
         }
         count(&self.counters.unforeseen_forks, 1);
@@ -352,7 +352,8 @@ impl Space {
     ) -> Option<(Page, Order)> {
         let served = |child: &mut Child| child.lacks.is_empty();
         let done: Vec<Child> = state.children.extract_if(.., served).collect();
-        done.into_iter().for_each(Child::release);
+        done.into_iter().for_each(|child| child.release(state));
+        self.empty_limbo(state);
         self.announce_arrivals();
         state.children.iter().find_map(|child| {
             child.lacks.iter().find_map(|(part, _)| {
@@ -366,9 +367,17 @@ impl Space {
     fn give_up_children(&self, state: &mut State) {
         for child in std::mem::take(&mut state.children) {
             child.poison();
-            child.release();
+            child.release(state);
         }
+        self.empty_limbo(state);
         self.announce_arrivals();
+    }
+
+    /// Drops what was kept for children that do not need it any more.
+    pub(super) fn empty_limbo(&self, state: &mut State) {
+        if state.empty_limbo() {
+            self.call_leader();
+        }
     }
 
     /// Sees to it that no fork is under way which the kernel tells us of, with nothing registered.
@@ -448,7 +457,7 @@ impl Child {
                 // It was killed before it began.
                 Err(Errno::SRCH) => self.lacks = RangeMap::new(),
                 Err(error) => {
-                    tracing::error!(target: "uhmm", %error, "a child does not get its pages");
+                    self.failure = Some(error);
                     self.poison_pages(target);
                     self.lacks.remove(part);
                 }
@@ -499,7 +508,11 @@ impl Child {
     }
 
     /// Makes the child's memory its own.
-    fn release(self) {
+    fn release(self, state: &mut State) {
+        if let Some(error) = self.failure {
+            let complaint = || format!("a child gets a signal where it lacks pages: {error}");
+            state.aftermath.complain(complaint);
+        }
         for range in &self.registered {
             self.unregister(range_of(range.clone()));
         }
@@ -537,7 +550,7 @@ thread_local! {
 fn prepare() {
     let current = lock(&CURRENT);
     if let Some(space) = current.upgrade().filter(|space| space.is_here()) {
-        space.before_fork();
+        space.see_to_fork(Errand::BeforeFork);
     }
     HELD.set(Some(current));
 }
@@ -546,7 +559,7 @@ fn parent() {
     let current = HELD.take();
     let space = current.as_ref().and_then(|current| current.upgrade());
     if let Some(space) = space.filter(|space| space.is_here()) {
-        space.after_fork();
+        space.see_to_fork(Errand::AfterFork);
     }
 }
 

@@ -393,7 +393,7 @@ fn forget_first(state: &mut State, extent: PageRange, pages: u64) {
 
 /// Returns the first part of `token`, from `at` pages on, that is still out.
 fn next_part(state: &State, token: Token, at: u64) -> Option<(Page, Order, u64)> {
-    state.of_token(token).into_iter().find(|&(_, _, offset)| offset >= at)
+    state.of_token_from(token, at).next()
 }
 
 /// Frees a block that pages have come home from, once no device can use it any more.

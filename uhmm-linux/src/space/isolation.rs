@@ -14,6 +14,7 @@ use super::Space;
 use super::home::let_go;
 use super::pool::PoolBlock;
 use super::state::{CHUNK, Extent, IsolationId, Place, State, Token};
+use crate::mutant::mutant;
 use crate::sys::pagemap::Categories;
 
 /// The pages of one isolation.
@@ -22,7 +23,7 @@ pub(super) struct ProcessIsolation {
     id: Option<IsolationId>,
     pages: SmallVec<[IsolatedPage; 1]>,
     held: SmallVec<[Held; 1]>,
-    stayed: Vec<Stayed>,
+    stayed: SmallVec<[Stayed; 1]>,
 }
 
 /// What an isolation has of a page.
@@ -65,8 +66,8 @@ type Left = SmallVec<[Contents; 2]>;
 impl ProcessIsolation {
     /// Makes one that has nothing.
     pub(super) fn empty(space: &Space) -> ProcessIsolation {
-        let (pages, held) = (SmallVec::new(), SmallVec::new());
-        ProcessIsolation { space: space.this(), id: None, pages, held, stayed: Vec::new() }
+        let (pages, held, stayed) = (SmallVec::new(), SmallVec::new(), SmallVec::new());
+        ProcessIsolation { space: space.this(), id: None, pages, held, stayed }
     }
 
     /// Returns its name in the state, on behalf of the calling thread.
@@ -150,8 +151,12 @@ impl ProcessIsolation {
             let mut placements = placements.into_iter();
             let mut rest = std::mem::take(&mut self.held).into_iter();
             // Where they are now: whoever sleeps for one of them sleeps there.
-            let awaited: Vec<PageRange> = match state.is_awaited(id) {
-                true => state.blocks_of(id).collect(),
+            let wakes = !mutant!("arrivals_wake_nobody");
+            let awaited: Vec<PageRange> = match wakes && state.is_awaited(id) {
+                true => {
+                    let parts = rest.as_slice().iter().flat_map(|held| state.of_token(held.token));
+                    parts.map(|(first, order, _)| first.block(order)).collect()
+                }
                 false => Vec::new(),
             };
             // How many of the pages to come are home already, and how many after those go alone.
@@ -184,6 +189,11 @@ impl ProcessIsolation {
             if state.is_unsettled() {
                 let doomed = left.drain(..).filter_map(Contents::into_place);
                 state.aftermath.doomed.extend(doomed);
+            }
+            // What nobody needs came to a place to stay, if it was in transit until now.
+            space.empty_limbo(&mut state);
+            if space.has_watches_to_review() && !state.is_anything_out() {
+                space.call_leader();
             }
             !state.aftermath.is_empty()
         };

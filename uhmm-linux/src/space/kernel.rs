@@ -41,6 +41,11 @@ impl Kernel {
         self.mark.is_ours()
     }
 
+    /// Returns what memory this takes that is looked at by servers.
+    pub(super) fn own_memory(&self) -> PageRange {
+        self.mark.range()
+    }
+
     /// Fails where a test wants it.
     fn step(&self, name: &'static str, error: Errno) -> Result<(), Errno> {
         match &self.injector {
@@ -141,6 +146,7 @@ impl Kernel {
 
     pub(super) fn populate(&self, range: PageRange, write: bool) -> Result<(), Errno> {
         self.step("populate", Errno::NOMEM)?;
+        self.step("interrupt", Errno::INTR)?;
         match write {
             true => advise::populate_write(range),
             false => advise::populate_read(range),

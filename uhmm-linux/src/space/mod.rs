@@ -29,6 +29,7 @@
 
 mod bits;
 mod buddy;
+mod desk;
 mod exclusive;
 mod fault;
 mod fork;
@@ -44,16 +45,17 @@ mod placement;
 mod pool;
 mod registration;
 mod reserved;
+mod residency;
 mod serve;
 mod snapshot;
 mod state;
 mod take;
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
-use mmu_notifier::{Event, Owner, Subscriptions};
+use mmu_notifier::{Event, EventKind, Owner, Subscriptions};
 use rustix::io::Errno;
 use uhmm::backend::{Backend, Isolation, Select};
 use uhmm::{
@@ -68,6 +70,7 @@ use pool::{Pool, PoolBlock};
 use serve::Servers;
 use state::State;
 
+use crate::mutant::mutant;
 use crate::sys::region::{Region, RegionOptions};
 use crate::sys::sentinel::Sentinel;
 use crate::sys::userfaultfd::{Message, Messages};
@@ -81,6 +84,10 @@ pub(crate) struct Space {
     buffers: Arc<Pool>,
     /// Where nothing can be read.
     unreadable: Region,
+    /// Where no page is, for as many pages as a block has, in memory that nobody locks; `None` where
+    /// the kernel has no such memory. If `mlockall` has filled it, what asking moves from here is a
+    /// zero for a page that was never touched.
+    nothing: Option<Region>,
     /// A page of zeroes.
     zeroes: PoolBlock,
     /// How long a page may fail to come home before the access to it fails.
@@ -89,14 +96,22 @@ pub(crate) struct Space {
     state: Mutex<State>,
     /// Whose turn it is to do what events have left to do.
     settling: Mutex<()>,
+    /// Whether a mirror has ended, so that there may be something that nobody has to be told of.
+    watches_in_doubt: AtomicBool,
+    /// Whose turn it is to find that out.
+    unwatching: Mutex<()>,
     /// Somebody's pages may have arrived.
     arrivals: Condvar,
     servers: Servers,
     /// Holds forks back until children have what they need.
     sentinel: Option<Sentinel>,
+    /// Where threads ask that fork and have other descriptors.
+    desk: Option<desk::Desk>,
     abilities: Abilities,
     /// How many ranges may be registered.
     max_registrations: usize,
+    /// How often objects had been loaded when what the loader keeps was reserved.
+    loaded: AtomicU64,
     this: Weak<Space>,
     pub(crate) counters: Counters,
 }
@@ -118,6 +133,7 @@ pub(crate) struct Parts {
     pub(crate) max_registrations: usize,
     pub(crate) managed: Option<Vec<PageRange>>,
     pub(crate) servers: usize,
+    pub(crate) own_descriptors: bool,
     pub(crate) patience: Duration,
 }
 
@@ -178,6 +194,7 @@ impl Space {
         let inaccessible =
             RegionOptions { dont_fork: true, grows: true, ..RegionOptions::default() };
         let unreadable = Region::reserve(PAGE_SIZE, inaccessible)?;
+        let nothing = registration::nothing(&kernel);
         let zeroes = buffers.allocate(Order::PAGE).ok_or(Errno::NOMEM)?;
         // It is there from now on: a copy from it is no fault.
         buffers.write(zeroes.first(), 0, &[0; 8]);
@@ -187,7 +204,9 @@ impl Space {
         for range in reserved::loaded_objects() {
             state.reserved.insert(state::numbers(range));
         }
-        for range in reserved::arena().into_iter().chain([staging.range(), buffers.range()]) {
+        let regions = [staging.range(), buffers.range(), kernel.own_memory()].into_iter();
+        let regions = regions.chain(nothing.as_ref().map(Region::range));
+        for range in regions.chain(reserved::arena()) {
             state.reserved.insert(state::numbers(range));
             state.own.insert(state::numbers(range));
         }
@@ -205,20 +224,29 @@ impl Space {
             staging,
             buffers,
             unreadable,
+            nothing,
             zeroes,
             patience: parts.patience,
             state: Mutex::new(state),
             settling: Mutex::new(()),
+            watches_in_doubt: AtomicBool::new(false),
+            unwatching: Mutex::new(()),
             arrivals: Condvar::new(),
             servers,
             sentinel,
+            desk: parts.own_descriptors.then(desk::Desk::default),
             abilities: parts.abilities,
             max_registrations: parts.max_registrations,
+            loaded: AtomicU64::new(u64::MAX),
             this: Weak::clone(this),
             counters: Counters::default(),
         });
-        space.hook_forks()?;
+        space.reserve_loader();
         space.start_servers(parts.servers)?;
+        if space.desk.is_some() {
+            space.start_server("uhmm-desk", Space::attend)?;
+        }
+        space.hook_forks()?;
         space.watch_forks()?;
         space.start_guardian()?;
         Ok(space)
@@ -273,24 +301,45 @@ impl Space {
     /// is under way; `false` if one has begun.
     fn decide_disputes(&self, state: &mut State) -> bool {
         while let Some(range) = state.disputed.pop() {
-            let out = |(first, extent): (Page, &state::Extent)| {
-                first.block(extent.order).intersection(range).expect("they overlap")
-            };
-            let out: Vec<PageRange> = state.overlapping(range).map(out).collect();
-            for page in out.into_iter().flat_map(|pages| pages.iter().collect::<Vec<_>>()) {
-                // What was moved there has brought its registration along.
-                match self.kernel.is_registered(self.unreadable.range().first(), page) {
-                    Ok(true) => {}
-                    Ok(false) => state.unmap(page.into()),
-                    Err(_) => {
-                        state.disputed.push(range);
-                        return false;
-                    }
-                }
+            let mut next = Some(range.first());
+            while let Some(page) = next.filter(|&page| page <= range.last()) {
+                let rest = PageRange::from_bounds(page, range.last()).expect("checked just now");
+                let Some(part) = self.decide_first(state, rest) else {
+                    state.disputed.push(rest);
+                    return false;
+                };
+                next = part.last().checked_add(1);
             }
         }
         state.superseded = rangemap::RangeSet::new();
         true
+    }
+
+    /// Decides about the first pages of a range, as far as they are in one mapping, or in none, and
+    /// returns them; `None` if an event has begun.
+    fn decide_first(&self, state: &mut State, range: PageRange) -> Option<PageRange> {
+        let first = range.first();
+        let until = |next: Page| {
+            let last = Page::new(next.number() - 1).expect("it is after another");
+            PageRange::from_bounds(first, last).expect("it is after another")
+        };
+        let (part, mapped) = match self.kernel.vma(first).map(|vma| vma.map(|vma| vma.range)) {
+            Ok(Some(vma)) if vma.contains(first) => (vma.intersection(range)?, true),
+            Ok(Some(vma)) if range.contains(vma.first()) => (until(vma.first()), false),
+            Ok(_) => (range, false),
+            Err(_) => (first.into(), true),
+        };
+        // What was moved there has brought its registration along.
+        let ours =
+            mapped && self.kernel.is_registered(self.unreadable.range().first(), first).ok()?;
+        // Now, and not after: what is gone from there may have moved on, and not said so.
+        if self.kernel.uffd().changing() {
+            return None;
+        }
+        if !ours {
+            state.unmap(part);
+        }
+        Some(part)
     }
 
     /// Reads and applies what there is to read, without waiting, and tells whether there was
@@ -299,26 +348,7 @@ impl Space {
         let mut found = false;
         loop {
             let read = self.kernel.read(&mut state.messages);
-            while let Some(message) = state.messages.take() {
-                found = true;
-                if let Message::Fork(child) = message {
-                    count(&self.counters.events, 1);
-                    self.adopt_child(state, child);
-                    continue;
-                }
-                let discarded = match message {
-                    Message::Remove(range) => Some(range),
-                    _ => None,
-                };
-                if let Some(range) = state.apply(message) {
-                    count(&self.counters.events, 1);
-                    // Whoever slept for a page of it finds out what became of the mapping.
-                    self.wake(range);
-                }
-                if let Some(range) = discarded {
-                    self.doubt(state, range);
-                }
-            }
+            found |= self.apply_messages(state);
             match read {
                 Ok(Messages::CAPACITY) => {}
                 // The kernel had no more.
@@ -330,42 +360,98 @@ impl Space {
         }
     }
 
+    /// Applies what has been read, and tells whether there was anything.
+    fn apply_messages(&self, state: &mut State) -> bool {
+        let mut found = false;
+        while let Some(message) = state.messages.take() {
+            found = true;
+            if let Message::Fork(child) = message {
+                count(&self.counters.events, 1);
+                self.adopt_child(state, child);
+                continue;
+            }
+            let discarded = match message {
+                Message::Remove(range) => Some(range),
+                _ => None,
+            };
+            if let Some(range) = state.apply(message) {
+                count(&self.counters.events, 1);
+                // Whoever slept for a page of it finds out what became of the mapping.
+                self.wake(range);
+            }
+            if let Some(range) = discarded {
+                self.doubt(state, range);
+            }
+        }
+        found
+    }
+
     /// Wakes who sleeps for a page of `range`, to look again.
     fn wake(&self, range: PageRange) {
-        // Whoever is not woken sleeps for ever, so this goes on until it is done.
+        let mut tries = 0;
         while let Err(error) = self.kernel.wake(range) {
             match error {
-                Errno::AGAIN | Errno::INTR => {}
+                Errno::AGAIN | Errno::INTR if tries < TRIES_TO_WAKE => tries += 1,
                 // There is no such mapping any more, and nobody sleeps for it.
                 Errno::INVAL | Errno::NOENT => return,
+                // Whoever is not woken sleeps for ever.
                 error => fatal("threads cannot be woken", error),
             }
         }
     }
 
     /// Does what events have left to do. With no lock held, and outside callbacks.
+    ///
+    /// A device may take its time to stop, or wait for the program. One server waits with it; the
+    /// others leave to that one what comes meanwhile, and go on to bring pages.
     fn settle(&self) {
-        if self.lock().aftermath.is_empty() {
-            return;
+        while !self.lock().aftermath.is_empty() {
+            // One after the other: what is doomed in the middle of this is freed by the next, and
+            // only when this one has told every device.
+            let turn = match self.settling.try_lock() {
+                Ok(turn) => turn,
+                Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
+                // Whoever has the turn looks again when it is over.
+                Err(TryLockError::WouldBlock) if serve::is_server() => return,
+                Err(TryLockError::WouldBlock) => lock(&self.settling),
+            };
+            self.settle_once(turn);
+            if !serve::is_server() {
+                if !self.lock().aftermath.is_empty() {
+                    self.call_leader();
+                }
+                return;
+            }
         }
-        // One after the other: what is doomed in the middle of this is freed by the next, and only
-        // when this one has told every device.
-        let turn = lock(&self.settling);
+    }
+
+    /// Does what events have left to do by now, and ends the turn.
+    fn settle_once(&self, turn: MutexGuard<'_, ()>) {
         let aftermath = {
             let mut state = self.lock();
             state.settling += 1;
             self.take_aftermath(&mut state)
         };
-        for (kind, range) in aftermath.changed {
+        let told = |_: &(EventKind, PageRange)| !mutant!("devices_are_not_told");
+        for (kind, range) in aftermath.changed.into_iter().filter(told) {
             drop(self.notifiers.invalidate_range_start(Event::new(kind, range.va_range())));
         }
         self.lock().settling -= 1;
         // The devices have stopped using it.
         drop(aftermath.doomed);
         drop(turn);
+        for complaint in aftermath.complaints {
+            tracing::warn!(target: "uhmm", "{complaint}");
+        }
         if aftermath.children {
             self.supply_children();
         }
+    }
+
+    /// Tells whether somebody does what events have left to do, and will look again before long. Asked
+    /// with the lock held.
+    fn is_settling(&self) -> bool {
+        matches!(self.settling.try_lock(), Err(TryLockError::WouldBlock))
     }
 
     /// Tells those who wait here, and not in the kernel, that pages have arrived.
@@ -374,13 +460,18 @@ impl Space {
     }
 }
 
+/// How often the kernel may put off to wake threads. No kernel so far does.
+const TRIES_TO_WAKE: u32 = 1000;
+
 /// The least staging that is of any use.
 const MIN_STAGING: usize = 16 << 20;
 
 /// Ends the process: threads sleep for pages that nobody can bring any more, and to let them read
 /// zeroes would be worse.
 fn fatal(what: &str, error: Errno) -> ! {
-    eprintln!("uhmm: {what}: {error}. Pages of this process cannot be brought home: it ends here.");
+    crate::sys::thread::tell(&format!(
+        "uhmm: {what}: {error}. Pages of this process cannot be brought home: it ends here.\n"
+    ));
     std::process::abort()
 }
 
@@ -434,6 +525,13 @@ impl Backend for Space {
 
     fn end_exclusive(&self, range: PageRange, owner: Owner) {
         self.give_back(range, owner);
+    }
+
+    fn mirror_ended(&self, _: PageRange) {
+        // In a child the bell is its parent's.
+        if self.is_here() {
+            self.review_watches();
+        }
     }
 
     fn exit(&self, _: Death) {

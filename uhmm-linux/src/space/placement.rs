@@ -93,7 +93,6 @@ impl Placement {
             Go::To(processor) => vec![processor],
             Go::Anywhere => (0..CpuSet::MAX_CPU as u32).filter(|&n| is_in(allowed, n)).collect(),
         };
-        tracing::debug!(target: "uhmm", ?go, "servers");
         for &server in &self.servers {
             let _ = thread::set_affinity(server, &processors);
         }

@@ -122,8 +122,8 @@ impl Pool {
         let first = lock(&self.buddy).allocate(order)?;
         match self.prepare(first.block(order)) {
             Ok(()) => Some(self.own(first, order)),
-            Err(error) => {
-                tracing::warn!(target: "uhmm", %error, "no block of memory of our own");
+            // Nobody is told here: the lock of the state may be held.
+            Err(_) => {
                 lock(&self.buddy).free(first, order);
                 None
             }

@@ -4,15 +4,21 @@
 //! lock that a server needs, and touches one: its stack, or what it allocates. Therefore these stay:
 //! the arena that Rust code allocates from where [`Allocator`](crate::Allocator) is installed, the
 //! loaded objects with their static data, staging and buffers, and the stack and the thread-local
-//! storage of every thread that has called in.
+//! storage of every thread that has called in. In a shared library the last are found by what the
+//! dynamic loader keeps, which therefore stays too ([`Space::reserve_loader`]).
 
 use std::cell::Cell;
+use std::sync::atomic::Ordering;
 
-use uhmm::{PageRange, SpaceId};
+use uhmm::{Page, PageRange, SpaceId};
 
 use super::Space;
 use super::state::numbers;
-use crate::sys::{allocator, objects, thread};
+use crate::sys::maps::Kind;
+use crate::sys::{allocator, loader, objects, thread};
+
+/// The most pages that a mapping of the loader's own has: what it needs before there is a heap.
+const LOADER_PAGES: u64 = 256;
 
 thread_local! {
     /// The space that this thread's stack is reserved in.
@@ -48,14 +54,40 @@ impl Space {
         }
         // The C library may allocate for this, and read a file: no lock is held.
         let stack = thread::stack_of_this_thread().ok();
-        for range in stack.into_iter().chain([thread::tls_of_this_thread()]) {
+        let stack = stack.into_iter().chain([thread::tls_of_this_thread()]);
+        for range in stack.chain(thread::tls_table_of_this_thread()) {
             self.reserve(range);
         }
         RESERVED_IN.set(Some(self.id));
     }
 
+    /// Reserves what the dynamic loader keeps, unless nothing was loaded since the last time.
+    pub(crate) fn reserve_loader(&self) {
+        let changes = loader::changes();
+        // Relaxed: it is a number by itself, and to do this twice does no harm.
+        if self.loaded.swap(changes, Ordering::Relaxed) != changes {
+            for record in loader::records() {
+                self.reserve(self.loader_memory(record.first()).unwrap_or(record));
+            }
+        }
+    }
+
+    /// Reserves the arguments and the environment, where the kernel says where they are.
+    pub(crate) fn reserve_arguments(&self) {
+        let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+        arguments_in(&stat).into_iter().for_each(|range| self.reserve(range));
+    }
+
+    /// Returns the mapping that `page` is in if it is the loader's own, and not the C library's heap:
+    /// then there is more in it that the loader needs.
+    fn loader_memory(&self, page: Page) -> Option<PageRange> {
+        let mapping = self.kernel.vma(page).ok().flatten()?;
+        let own = mapping.kind == Kind::Anonymous && mapping.range.contains(page);
+        (own && mapping.range.pages() <= LOADER_PAGES).then_some(mapping.range)
+    }
+
     /// Keeps `range` from moving, and brings home what of it has.
-    fn reserve(&self, range: PageRange) {
+    pub(crate) fn reserve(&self, range: PageRange) {
         self.lock().reserved.insert(numbers(range));
         loop {
             let out = {
@@ -78,5 +110,34 @@ impl Space {
                 return;
             }
         }
+    }
+}
+
+/// Finds where the arguments and the environment are in the text of a `stat` file: the fields 48 to
+/// 51, of which the third is the first after the name (proc_pid_stat(5)).
+fn arguments_in(stat: &str) -> Vec<PageRange> {
+    let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let numbers = rest.split_whitespace().skip(48 - 3).take(4).map(str::parse::<u64>);
+    let numbers: Vec<u64> = numbers.map_while(Result::ok).collect();
+    let pages = |bounds: &[u64]| {
+        let last = bounds[1].checked_sub(1)?;
+        PageRange::from_bounds(Page::containing(bounds[0]), Page::containing(last))
+    };
+    numbers.chunks_exact(2).filter(|bounds| bounds[0] > 0).filter_map(pages).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_and_environment_are_where_the_kernel_says() {
+        let stat = std::fs::read_to_string("/proc/self/stat").expect("/proc is there");
+        let found = arguments_in(&stat);
+        assert_eq!(found.len(), 2, "{stat}");
+        let bytes = std::fs::read("/proc/self/cmdline").expect("/proc is there");
+        assert!(found[0].len() * uhmm::PAGE_SIZE >= bytes.len());
+        let one = arguments_in("7 (a) b) S 1 1");
+        assert!(one.is_empty());
     }
 }

@@ -26,8 +26,10 @@ use uhmm::{DevicePagemap, FaultError, Order, Page, PageRange};
 use super::placement::Placement;
 use super::state::{Aftermath, Fault, Place, State, chunk_of};
 use super::{Space, count, fatal, lock};
+use crate::mutant::mutant;
 use crate::sys::pidfd::Pidfd;
 use crate::sys::thread::{self, BusCode};
+use crate::sys::userfaultfd::Messages;
 
 /// How long a chunk that has become empty stays registered, and a fault waits that could not be
 /// served.
@@ -63,9 +65,10 @@ struct Team {
 
 /// What a fault takes that others may delay.
 enum Task {
-    Home { pagemap: Arc<DevicePagemap>, page: Page, order: Order, fault: Fault },
+    Home { pagemap: Arc<DevicePagemap>, page: Page, order: Order, fault: Fault, in_place: bool },
     Revoke(Fault),
     Settle,
+    Unwatch,
 }
 
 /// Why a page does not come home.
@@ -86,6 +89,11 @@ thread_local! {
 }
 
 type Tasks = SmallVec<[Task; 4]>;
+
+/// Tells whether the calling thread is the leader, which waits for no device.
+pub(super) fn is_leading() -> bool {
+    LEADING.get()
+}
 
 /// What a server is to do next.
 enum Turn {
@@ -165,9 +173,12 @@ impl Servers {
         let mut tasks = tasks.into_iter();
         let own = tasks.next()?;
         team.backlog.extend(tasks);
-        match team.backlog.is_empty() {
-            true => self.turn.notify_one(),
-            false => self.turn.notify_all(),
+        let others = !team.backlog.is_empty();
+        // Whoever is woken would wait for this lock.
+        drop(team);
+        match others {
+            true => self.turn.notify_all(),
+            false => self.turn.notify_one(),
         }
         Some(own)
     }
@@ -226,6 +237,7 @@ impl Space {
         lock(&self.servers.team).stopping = true;
         self.servers.turn.notify_all();
         self.servers.ring();
+        self.desk.iter().for_each(|desk| desk.close());
         let this = std::thread::current().id();
         for thread in std::mem::take(&mut *lock(&self.servers.threads)) {
             if thread.thread().id() != this && thread.join().is_err() {
@@ -266,9 +278,14 @@ impl Space {
         let mut slept = false;
         loop {
             let mut tasks = Tasks::new();
+            let early = self.read_outside_the_lock();
             let (found, faulting) = {
                 let mut state = self.lock();
                 let state = &mut *state;
+                if let Some(mut early) = early {
+                    std::mem::swap(&mut state.messages, &mut early);
+                    self.apply_messages(state);
+                }
                 let found = self.read_messages(state);
                 let faulting = state.faults.front().map(|fault| fault.thread);
                 if !state.superseded.is_empty() {
@@ -277,13 +294,16 @@ impl Space {
                 self.serve_quickly(state, &mut tasks);
                 if due.take_if(|due| *due <= Instant::now()).is_some() {
                     self.sweep(state);
+                    if self.has_watches_to_review() && !state.is_anything_out() {
+                        tasks.push(Task::Unwatch);
+                    }
                     state.faults.extend(state.retries.drain(..));
                     self.serve_quickly(state, &mut tasks);
                 }
-                if !state.aftermath.is_empty() {
+                if !state.aftermath.is_empty() && !self.is_settling() {
                     tasks.push(Task::Settle);
                 }
-                let idle = !state.emptied.is_empty() && !state.is_anything_out();
+                let idle = self.is_registered_in_vain(state);
                 let unfinished = idle || !state.retries.is_empty();
                 due = due.filter(|_| unfinished);
                 if unfinished && due.is_none() {
@@ -307,6 +327,17 @@ impl Space {
                 return None;
             }
         }
+    }
+
+    /// Reads what there is to read as nobody must: a mutant, and nothing in every other build.
+    fn read_outside_the_lock(&self) -> Option<Messages> {
+        mutant!("events_are_read_outside_the_lock").then(|| {
+            let mut messages = Messages::new();
+            // If there is nothing, then there is nothing to apply.
+            let _ = self.kernel.read(&mut messages);
+            std::thread::yield_now();
+            messages
+        })
     }
 
     /// Waits for a message, or until `due`; `false` if the servers are to end.
@@ -348,8 +379,9 @@ impl Space {
                     state.await_isolation(isolation);
                 }
                 Place::Device(block) => {
+                    let in_place = block.in_place(&*self.memory).is_some();
                     let (pagemap, order) = (Arc::clone(block.pagemap()), self.mapped_order(extent));
-                    tasks.push(Task::Home { pagemap, page: fault.page, order, fault });
+                    tasks.push(Task::Home { pagemap, page: fault.page, order, fault, in_place });
                 }
                 Place::Held { .. } => {
                     count(&self.counters.revoked, 1);
@@ -461,41 +493,39 @@ impl Space {
 
     /// Does a task if that takes nobody else.
     fn perform_at_once(&self, task: &Task) -> bool {
-        let Task::Home { pagemap, page, order, fault } = task else { return false };
-        // Nobody to tell, nobody to ask, and nothing to copy.
-        if self.notifiers.live() > 0 || !pagemap.policies().is_none() || !self.is_in_place(*page) {
+        let Task::Home { pagemap, page, order, fault, in_place: true } = task else { return false };
+        // Nobody to tell, nobody to ask who may take a while, and nothing to copy.
+        if self.notifiers.live() > 0 || !pagemap.policies().are_prompt() {
             return false;
         }
         self.bring(pagemap, *page, *order, *fault);
         true
     }
 
-    fn is_in_place(&self, page: Page) -> bool {
-        let state = self.lock();
-        matches!(state.at(page), Some((_, extent)) if match &extent.place {
-            Place::Device(block) => block.in_place(&*self.memory).is_some(),
-            _ => false,
-        })
-    }
-
     fn perform(&self, task: Task) {
         match task {
-            Task::Home { pagemap, page, order, fault } => self.bring(&pagemap, page, order, fault),
+            Task::Home { pagemap, page, order, fault, .. } => {
+                self.bring(&pagemap, page, order, fault)
+            }
             Task::Revoke(fault) => match self.revoke(fault.page).parked {
                 0 => self.look_after(fault.page),
                 _ => self.retry(&mut self.lock(), fault, Failure::Memory),
             },
             Task::Settle => {}
+            Task::Unwatch => self.unwatch(),
         }
         self.settle();
-        let idle = {
-            let state = self.lock();
-            !state.emptied.is_empty() && !state.is_anything_out()
-        };
+        let idle = self.is_registered_in_vain(&self.lock());
         if idle {
             // The leader may be waiting without a limit, from before this was so.
             self.call_leader();
         }
+    }
+
+    /// Tells whether something may be registered that need not be, and can be given up now.
+    pub(super) fn is_registered_in_vain(&self, state: &State) -> bool {
+        let any = !state.emptied.is_empty() || self.has_watches_to_review();
+        any && !state.is_anything_out()
     }
 
     fn bring(&self, pagemap: &Arc<DevicePagemap>, page: Page, order: Order, fault: Fault) {
@@ -505,7 +535,8 @@ impl Space {
             Ok(()) => self.look_after(page),
             Err(FaultError::Released) => {}
             Err(error) => {
-                tracing::warn!(target: "uhmm", %error, "a page does not come home");
+                let complaint = || format!("{page} does not come home: {error}");
+                self.lock().aftermath.complain(complaint);
                 let why = match error {
                     FaultError::OutOfMemory { .. } => Failure::Memory,
                     _ => Failure::Device,
@@ -619,6 +650,11 @@ impl Space {
             }
         }
     }
+}
+
+/// Tells whether the calling thread is a server.
+pub(super) fn is_server() -> bool {
+    SERVER.get()
 }
 
 /// Ends the process if it is dropped.

@@ -1,12 +1,16 @@
 //! Looking at the page table.
 
 use rangemap::RangeSet;
+use rustix::io::Errno;
 use uhmm::{Access, DeviceFrame, DeviceLocation, Frame, Order, PageEntry, PageRange, Residency};
 
 use super::Space;
 use super::state::{Place, State, chunk_of, chunk_range, numbers, range_of};
 use crate::sys::maps::{Kind, Vma};
 use crate::sys::pagemap::Categories;
+
+/// How often in a row a mapping may change while it is looked at.
+pub(super) const TRIES: u32 = 32;
 
 impl Space {
     /// Does what [`Backend::snapshot`](uhmm::Backend::snapshot) says.
@@ -23,13 +27,19 @@ impl Space {
         let entries = &mut entries[start..];
         let mut present = Vec::new();
         let mut next = Some(range.first());
+        let mut tries = 0;
         while let Some(page) = next.filter(|&page| page <= range.last()) {
             let Ok(Some(vma)) = self.kernel.vma(page) else { break };
             let rest = PageRange::from_bounds(page, range.last()).expect("checked just now");
             let Some(piece) = vma.range.intersection(rest) else { break };
             let first = range.index_of(piece.first()).expect("within the range");
             let entries = &mut entries[first..first + piece.len()];
-            self.look_at(&vma, piece, entries, &mut present);
+            let watched = self.look_at(&vma, piece, entries, &mut present);
+            if matches!(watched, Watched::Changed) && tries < TRIES {
+                tries += 1;
+                entries.fill(PageEntry::default());
+                continue;
+            }
             next = piece.last().checked_add(1);
         }
         let state = self.lock();
@@ -38,14 +48,15 @@ impl Space {
         }
     }
 
-    /// Fills in the entries of `piece`, part of one mapping, as the page table says.
+    /// Fills in the entries of `piece`, part of one mapping, as the page table says, and tells whether
+    /// the kernel tells of changes to what is there.
     fn look_at(
         &self,
         vma: &Vma,
         piece: PageRange,
         entries: &mut [PageEntry],
         present: &mut Vec<(PageRange, Categories)>,
-    ) {
+    ) -> Watched {
         let mut rights = self.device_rights(vma);
         let any = Categories::PRESENT | Categories::GUARD;
         let scan = |present: &mut Vec<_>| {
@@ -57,12 +68,14 @@ impl Space {
         };
         scan(present);
         let found = present.iter().any(|(_, what)| what.contains(Categories::PRESENT));
+        let mut watched = Watched::Before;
         if rights > Access::None && found {
-            match self.watch_around(piece, vma) {
+            watched = self.watch_around(piece, vma);
+            match watched {
                 Watched::Before => {}
                 Watched::Now => scan(present),
                 // Nobody would hear of a change, so nobody may rely on what is there.
-                Watched::Never => rights = Access::None,
+                Watched::Changed | Watched::Never => rights = Access::None,
             }
         }
         let blank =
@@ -90,12 +103,15 @@ impl Space {
                 *entry = PageEntry { residency, access, allowed: rights, order };
             }
         }
+        watched
     }
 
     /// Makes the kernel tell of changes to `piece`, part of the mapping `vma`, and to what is around.
     pub(super) fn watch_around(&self, piece: PageRange, vma: &Vma) -> Watched {
         let mut state = self.lock();
         if super::registration::is_registered(&state, piece) {
+            // What it is registered for may end before the device does.
+            self.note_watched(&mut state, piece);
             return Watched::Before;
         }
         let managed = |ranges: &RangeSet<u64>| ranges.gaps(&numbers(piece)).next().is_none();
@@ -112,7 +128,13 @@ impl Space {
         }
         match self.watch(&mut state, range) {
             Ok(()) => Watched::Now,
-            Err(_) => Watched::Never,
+            // Somebody else handles it, there is no room, or this user may not.
+            Err(Errno::BUSY | Errno::NOMEM | Errno::PERM) => Watched::Never,
+            Err(_) => match self.kernel.vma(piece.first()) {
+                Ok(Some(now)) if now == *vma && !vma.is_anonymous() => Watched::Never,
+                // What is private and without a file is always watched, so it was not there just now.
+                _ => Watched::Changed,
+            },
         }
     }
 
@@ -132,6 +154,8 @@ pub(super) enum Watched {
     Before,
     /// It does from now on.
     Now,
+    /// The mapping was another when it was to do so.
+    Changed,
     /// It does not: the memory is of a kind that it does not watch, or somebody else handles it.
     Never,
 }

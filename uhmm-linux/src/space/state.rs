@@ -20,11 +20,13 @@ use std::time::Instant;
 
 use mmu_notifier::{EventKind, Owner};
 use rangemap::{RangeMap, RangeSet};
+use smallvec::SmallVec;
 use uhmm::{DeviceBlock, DeviceLocation, Order, Page, PageRange};
 
 use super::fork::Child;
 use super::hash::NumberMap;
 use super::pool::PoolBlock;
+use crate::mutant::mutant;
 use crate::sys::fork::Wiped;
 use crate::sys::userfaultfd::{Message, Messages};
 
@@ -86,11 +88,24 @@ pub(super) struct Aftermath {
     pub(super) doomed: Vec<Place>,
     /// Whether children were born while pages were out.
     pub(super) children: bool,
+    /// What is to be reported: whoever listens may take locks, and touch pages.
+    pub(super) complaints: Vec<String>,
 }
+
+/// How many complaints are kept until they are reported. Later ones are dropped.
+const COMPLAINTS: usize = 16;
 
 impl Aftermath {
     pub(super) fn is_empty(&self) -> bool {
-        self.changed.is_empty() && self.doomed.is_empty() && !self.children
+        let nothing = self.changed.is_empty() && self.doomed.is_empty() && !self.children;
+        nothing && self.complaints.is_empty()
+    }
+
+    /// Has something reported once the lock is free.
+    pub(super) fn complain(&mut self, complaint: impl FnOnce() -> String) {
+        if self.complaints.len() < COMPLAINTS {
+            self.complaints.push(complaint());
+        }
     }
 }
 
@@ -132,6 +147,9 @@ impl Met {
 /// What is behind the lock. See the [module](self).
 pub(super) struct State {
     out: BTreeMap<Page, Extent>,
+    /// Where what is in transit by each name is: how far within it, and the first page of the extent,
+    /// in ascending order. Mostly one; more once something was cut.
+    parts: NumberMap<Token, SmallVec<[(u64, Page); 1]>>,
     /// Where the blocks of devices are mapped.
     located: NumberMap<DeviceLocation, Page>,
     /// How many pages are out in each chunk that has any.
@@ -141,6 +159,8 @@ pub(super) struct State {
     pub(super) registered: RangeMap<u64, Registered>,
     /// What devices have mapped, and must hear of when it goes.
     pub(super) watched: RangeSet<u64>,
+    /// What of it is about to be given up, unless somebody asks for it in time.
+    pub(super) unwatching: RangeSet<u64>,
     /// Pages that the program is discarding, that could not be dropped by us, and that must not move
     /// before they are gone.
     pub(super) doubtful: RangeSet<u64>,
@@ -212,11 +232,13 @@ impl State {
     pub(super) fn new() -> State {
         State {
             out: BTreeMap::new(),
+            parts: NumberMap::default(),
             located: NumberMap::default(),
             counts: NumberMap::default(),
             emptied: BTreeSet::new(),
             registered: RangeMap::new(),
             watched: RangeSet::new(),
+            unwatching: RangeSet::new(),
             doubtful: RangeSet::new(),
             poisoned: RangeSet::new(),
             reserved: RangeSet::new(),
@@ -281,14 +303,6 @@ impl State {
         self.isolations.get(&isolation).is_some_and(|state| state.awaited)
     }
 
-    /// Returns where the pages of an isolation are mapped now.
-    pub(super) fn blocks_of(&self, of: IsolationId) -> impl Iterator<Item = PageRange> {
-        self.out.iter().filter_map(move |(first, extent)| match extent.place {
-            Place::Transit { isolation, .. } if isolation == of => Some(first.block(extent.order)),
-            _ => None,
-        })
-    }
-
     /// Notes that somebody sleeps for a page of an isolation.
     pub(super) fn await_isolation(&mut self, isolation: IsolationId) {
         if let Some(state) = self.isolations.get_mut(&isolation) {
@@ -309,8 +323,8 @@ impl State {
     }
 
     /// Returns the parts of `range` that are not out, in ascending order.
-    pub(super) fn gaps(&self, range: PageRange) -> Vec<PageRange> {
-        let mut gaps = Vec::new();
+    pub(super) fn gaps(&self, range: PageRange) -> SmallVec<[PageRange; 1]> {
+        let mut gaps = SmallVec::new();
         let mut next = Some(range.first());
         for (first, extent) in self.overlapping(range) {
             let before = first.number().checked_sub(1).and_then(Page::new);
@@ -345,9 +359,7 @@ impl State {
 
     /// Enters an extent where there is none.
     pub(super) fn insert(&mut self, first: Page, extent: Extent) {
-        if let Place::Device(block) = &extent.place {
-            self.located.insert(block.location(), first);
-        }
+        self.index(first, &extent.place);
         *self.counts.entry(chunk_of(first)).or_default() += extent.order.pages();
         debug_assert!(self.overlapping(first.block(extent.order)).next().is_none());
         self.out.insert(first, extent);
@@ -363,9 +375,7 @@ impl State {
     /// Takes the extent out that begins at `first`.
     pub(super) fn remove(&mut self, first: Page) -> Option<Extent> {
         let extent = self.out.remove(&first)?;
-        if let Place::Device(block) = &extent.place {
-            self.located.remove(&block.location());
-        }
+        self.unindex(first, &extent.place);
         let chunk = chunk_of(first);
         if let Some(count) = self.counts.get_mut(&chunk) {
             *count -= extent.order.pages();
@@ -379,15 +389,48 @@ impl State {
 
     /// Replaces the place of the extent that begins at `first`, and returns the one before.
     pub(super) fn replace(&mut self, first: Page, place: Place) -> Option<Place> {
+        if !self.out.contains_key(&first) {
+            return None;
+        }
+        self.index(first, &place);
         let extent = self.out.get_mut(&first)?;
-        if let Place::Device(block) = &place {
-            self.located.insert(block.location(), first);
-        }
         let before = std::mem::replace(&mut extent.place, place);
-        if let Place::Device(block) = &before {
-            self.located.remove(&block.location());
-        }
+        self.unindex(first, &before);
         Some(before)
+    }
+
+    /// Notes where an extent is, by what it leads to.
+    fn index(&mut self, first: Page, place: &Place) {
+        match place {
+            Place::Device(block) => {
+                self.located.insert(block.location(), first);
+            }
+            &Place::Transit { token, offset, .. } => {
+                let parts = self.parts.entry(token).or_default();
+                let at = parts.partition_point(|&(other, _)| other < offset);
+                parts.insert(at, (offset, first));
+            }
+            Place::Held { .. } | Place::Parked(_) => {}
+        }
+    }
+
+    /// Forgets what [`index`](State::index) noted.
+    fn unindex(&mut self, first: Page, place: &Place) {
+        match place {
+            Place::Device(block) => {
+                self.located.remove(&block.location());
+            }
+            &Place::Transit { token, offset, .. } => {
+                let Some(parts) = self.parts.get_mut(&token) else { return };
+                if let Ok(at) = parts.binary_search(&(offset, first)) {
+                    parts.remove(at);
+                }
+                if parts.is_empty() {
+                    self.parts.remove(&token);
+                }
+            }
+            Place::Held { .. } | Place::Parked(_) => {}
+        }
     }
 
     /// Halves extents until none lies across an edge of `range`.
@@ -431,17 +474,20 @@ impl State {
     }
 
     /// Returns the extents that hold what an isolation knows by `token`, in ascending order of
-    /// their offset.
-    pub(super) fn of_token(&self, of: Token) -> Vec<(Page, Order, u64)> {
-        let part = |(&first, extent): (&Page, &Extent)| match extent.place {
-            Place::Transit { token, offset, .. } if token == of => {
-                Some((first, extent.order, offset))
-            }
-            _ => None,
-        };
-        let mut parts: Vec<_> = self.out.iter().filter_map(part).collect();
-        parts.sort_by_key(|&(_, _, offset)| offset);
-        parts
+    /// their offset: first page, order, and offset of each.
+    pub(super) fn of_token(&self, of: Token) -> SmallVec<[(Page, Order, u64); 1]> {
+        self.of_token_from(of, 0).collect()
+    }
+
+    /// Returns those of them that begin `from` pages within it, or later.
+    pub(super) fn of_token_from(
+        &self,
+        of: Token,
+        from: u64,
+    ) -> impl Iterator<Item = (Page, Order, u64)> {
+        let parts = self.parts.get(&of).map_or(&[][..], |parts| &parts[..]);
+        let from = parts.partition_point(|&(offset, _)| offset < from);
+        parts[from..].iter().map(|&(offset, first)| (first, self.out[&first].order, offset))
     }
 
     /// Applies a message. Says whether somebody may have to be woken: threads that sleep for pages of
@@ -469,13 +515,18 @@ impl State {
             }
             Message::Remove(range) => {
                 self.epoch += 1;
-                Some(self.lose(EventKind::Clear, range))
+                match mutant!("discarding_is_ignored") {
+                    true => Some(range),
+                    false => Some(self.lose(EventKind::Clear, range)),
+                }
             }
             // A second mapping of shared memory: registered, of unknown length, and with nothing out.
             Message::Duplicate { .. } => None,
             Message::Remap { from, to } => {
                 self.epoch += 1;
-                self.remap(from, to);
+                if !mutant!("moving_is_ignored") {
+                    self.remap(from, to);
+                }
                 // Whoever slept for a page there finds out what became of it.
                 Some(from)
             }
@@ -488,7 +539,9 @@ impl State {
         self.watched.remove(numbers(range));
         self.doubtful.remove(numbers(range));
         self.poisoned.remove(numbers(range));
-        self.lose(EventKind::Unmap, range);
+        if !mutant!("unmapping_is_ignored") {
+            self.lose(EventKind::Unmap, range);
+        }
     }
 
     /// Drops what is out in `range`, which the program has unmapped or discarded.
@@ -512,6 +565,27 @@ impl State {
         range
     }
 
+    /// Drops what is in limbo and no child lacks any more, since it has it, or will never run. Says
+    /// whether there was anything. What is in transit is dropped when that ends.
+    pub(super) fn empty_limbo(&mut self) -> bool {
+        let Some(limbo) = Page::new(LIMBO) else { return false };
+        if self.out.last_key_value().is_none_or(|(&last, _)| !is_in_limbo(last)) {
+            return false;
+        }
+        let unneeded = |(first, extent): &(&Page, &Extent)| {
+            let block = numbers(first.block(extent.order));
+            let transit = matches!(extent.place, Place::Transit { .. });
+            !transit && !self.children.iter().any(|child| child.lacks(&block))
+        };
+        let unneeded = self.out.range(limbo..).filter(unneeded).map(|(&first, _)| first);
+        let unneeded: SmallVec<[Page; 4]> = unneeded.collect();
+        for &first in &unneeded {
+            let extent = self.remove(first);
+            self.aftermath.doomed.extend(extent.map(|extent| extent.place));
+        }
+        !unneeded.is_empty()
+    }
+
     fn place_in_limbo(&mut self, order: Order) -> Page {
         let first = self.limbo.next_multiple_of(order.pages());
         self.limbo = first + order.pages();
@@ -530,29 +604,25 @@ impl State {
                 (moved(piece.start)..moved(piece.end), how)
             })
             .collect();
+        self.registered.remove(numbers(target));
         for (range, how) in pieces {
             self.registered.insert(range, how);
         }
-        let watched: Vec<_> = self.watched.overlapping(numbers(from)).cloned().collect();
-        for range in watched {
-            let piece = range.start.max(numbers(from).start)..range.end.min(numbers(from).end);
-            self.watched.insert(moved(piece.start)..moved(piece.end));
+        for known in [&mut self.watched, &mut self.doubtful, &mut self.poisoned] {
+            let parts: Vec<_> = known.overlapping(&numbers(from)).cloned().collect();
+            known.remove(numbers(target));
+            for part in parts {
+                let part = part.start.max(numbers(from).start)..part.end.min(numbers(from).end);
+                known.insert(moved(part.start)..moved(part.end));
+            }
         }
-        let doubtful: Vec<_> = self.doubtful.overlapping(&numbers(from)).cloned().collect();
-        for range in doubtful {
-            let piece = range.start.max(numbers(from).start)..range.end.min(numbers(from).end);
-            self.doubtful.insert(moved(piece.start)..moved(piece.end));
-        }
-        let poisoned: Vec<_> = self.poisoned.overlapping(&numbers(from)).cloned().collect();
         self.poisoned.remove(numbers(from));
-        for range in poisoned {
-            let piece = range.start.max(numbers(from).start)..range.end.min(numbers(from).end);
-            self.poisoned.insert(moved(piece.start)..moved(piece.end));
-        }
         // Whoever unmapped what was there before may not have said so yet. What it says then is not
         // about what comes now.
         let stale = self.lose(EventKind::Unmap, target);
-        self.superseded.insert(numbers(stale));
+        if !mutant!("superseded_mappings_are_not_noticed") {
+            self.superseded.insert(numbers(stale));
+        }
         self.children.iter_mut().for_each(|child| child.follow(&numbers(from), to));
         let taken = self.take(from);
         self.overtaken.remapped.note(&taken);
@@ -656,3 +726,6 @@ pub(super) fn chunk_of(page: Page) -> u64 {
 pub(super) fn chunk_range(chunk: u64) -> PageRange {
     Page::new(chunk << CHUNK.get()).expect("it was made from a page").block(CHUNK)
 }
+
+#[cfg(test)]
+mod tests;

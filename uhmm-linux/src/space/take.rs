@@ -3,14 +3,15 @@
 use mmu_notifier::{Event, EventKind, Owner};
 use rangemap::RangeSet;
 use rustix::io::Errno;
-use smallvec::SmallVec;
-use uhmm::backend::ReverseMap;
+use smallvec::{SmallVec, smallvec};
+use uhmm::backend::{Isolation as _, ReverseMap};
 use uhmm::{Access, DeviceLocation, Order, Page, PageRange, StayReason};
 
 use super::isolation::{Contents, ProcessIsolation};
 use super::pool::{PoolBlock, aligned_blocks};
 use super::state::{CHUNK, Place, State, Token, numbers, range_of};
-use super::{Space, count};
+use super::{Space, count, serve};
+use crate::mutant::mutant;
 use crate::sys::maps::{Kind, Vma};
 use crate::sys::pagemap::Categories;
 use crate::sys::userfaultfd::Progress;
@@ -57,7 +58,7 @@ impl Space {
         for _ in 0..TRIES_TO_UNLOCK {
             let taken = self.take_what_moves(range, to);
             self.settle_unless_leading();
-            if !self.unlock_staging() {
+            if !self.may_have_met_locked_staging(taken.stayed()) || !self.unlock_staging() {
                 return taken;
             }
             // The program had locked all its memory, ours too, so that what is locked could move. It
@@ -172,6 +173,13 @@ impl Space {
     ) -> SmallVec<[PageRange; 2]> {
         self.clear_doubts(state, pages);
         let whole = numbers(pages);
+        let cleared = |managed: &RangeSet<u64>| {
+            managed.get(&whole.start).is_some_and(|part| part.end >= whole.end)
+        };
+        let spared = state.reserved.overlaps(&whole) || state.doubtful.overlaps(&whole);
+        if !spared && state.managed.as_ref().is_none_or(cleared) {
+            return smallvec![pages];
+        }
         let mut allowed: SmallVec<[std::ops::Range<u64>; 2]> = SmallVec::new();
         match &state.managed {
             None => allowed.push(whole.clone()),
@@ -409,6 +417,10 @@ impl Space {
                     self.drain(state);
                     undisturbed &= state.epoch == epoch || is_whole(state, token, pages);
                     let certain = !state.doubtful.overlaps(&numbers(rest));
+                    if mutant!("tried_again_without_a_look") {
+                        crate::mutant::dawdle();
+                        continue;
+                    }
                     if undisturbed
                         && certain
                         && tries < TRIES
@@ -491,7 +503,7 @@ impl Space {
     ) {
         shared.sort();
         for run in runs_of(shared) {
-            let free = self.lock().gaps(run) == [run];
+            let free = self.lock().gaps(run)[..] == [run];
             let thread = mmu_notifier::thread_number();
             self.lock().populating.insert(thread, run);
             let own = free && self.kernel.populate(run, true).is_ok();
@@ -523,8 +535,13 @@ impl Space {
             return isolation;
         }
         self.reserve_this_thread();
+        // The leader takes what no device has to give: a policy may want more than it has looked at.
+        let in_place_only = serve::is_leading();
         let wanted = |place: &Place| match place {
-            Place::Device(block) => (block.location().owner == owner) != others,
+            Place::Device(block) => {
+                let given = !in_place_only || block.in_place(&*self.memory).is_some();
+                given && (block.location().owner == owner) != others
+            }
             _ => false,
         };
         let covered = {
@@ -607,7 +624,7 @@ fn is_whole(state: &State, token: Token, pages: PageRange) -> bool {
 }
 
 /// Says why pages of a mapping do not move, if they do not.
-fn movable(vma: &Vma) -> Result<(), StayReason> {
+pub(super) fn movable(vma: &Vma) -> Result<(), StayReason> {
     if vma.rights() == Access::None && !vma.writable {
         return Err(StayReason::Denied);
     }

@@ -19,6 +19,8 @@ pub(super) enum Fork {
     Hooked,
     /// By the system call, of which the C library knows nothing.
     Raw,
+    /// The same, as the first process of a namespace of process IDs of its own (pid_namespaces(7)).
+    FirstOfMany,
 }
 
 /// A child of this process.
@@ -61,11 +63,12 @@ pub(super) fn start(how: Fork, f: impl FnOnce() -> bool) -> Child {
     let pid = match how {
         // SAFETY: the child runs what a test wants to see at work after a fork, and nothing else.
         Fork::Hooked => unsafe { libc::fork() },
-        Fork::Raw => {
-            // SAFETY: without a stack and with no flags but the signal this is a fork.
-            let pid = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
-            pid as libc::pid_t
-        }
+        Fork::Raw => clone(0),
+        // The right to make one comes with a namespace of users.
+        Fork::FirstOfMany => match clone(libc::CLONE_NEWPID) {
+            -1 => clone(libc::CLONE_NEWPID | libc::CLONE_NEWUSER),
+            pid => pid,
+        },
     };
     assert!(pid >= 0, "fork: {}", std::io::Error::last_os_error());
     if pid != 0 {
@@ -80,6 +83,32 @@ pub(super) fn start(how: Fork, f: impl FnOnce() -> bool) -> Child {
     };
     // SAFETY: no conditions. What the parent would do at its exit is the parent's to do.
     unsafe { libc::_exit(code) }
+}
+
+/// Forks by the system call, with namespaces of the child's own.
+fn clone(namespaces: libc::c_int) -> libc::pid_t {
+    let flags = libc::SIGCHLD | namespaces;
+    // SAFETY: without a stack and with no flags but the signal and namespaces this is a fork.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    pid as libc::pid_t
+}
+
+/// Tells whether this user may make namespaces of process IDs. If not it says so aloud.
+pub(super) fn may_make_namespaces() -> bool {
+    let may = match clone(libc::CLONE_NEWPID) {
+        -1 => clone(libc::CLONE_NEWPID | libc::CLONE_NEWUSER),
+        pid => pid,
+    };
+    match may {
+        -1 => {
+            let error = std::io::Error::last_os_error();
+            eprintln!("SKIPPED: no namespace of process IDs: {error}: run as root");
+            false
+        }
+        // SAFETY: ends the child, which has done nothing.
+        0 => unsafe { libc::_exit(0) },
+        pid => Child(pid).end() == End::Returned(true),
+    }
 }
 
 impl Child {

@@ -1,6 +1,7 @@
 //! Being copied: what runs around `fork`, and how a copy knows that it is one.
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::fs::{Mode, OFlags};
@@ -61,31 +62,102 @@ fn run(which: impl FnOnce(&Hooks) -> fn()) {
     }
 }
 
+/// The page that has the number of this process, once somebody has asked for it; never unmapped.
+///
+/// No lock guards it: a child would inherit one that another thread holds.
+static PAGE: AtomicPtr<Region> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Returns the page that a child finds wiped (`MADV_WIPEONFORK`, Linux 4.14), so that what it says
+/// is right in every child that has memory of its own, however it was made.
+fn page() -> Result<&'static Region, Errno> {
+    // Acquire: whoever sees the page sees it made; partner of the exchange below.
+    let mut page = PAGE.load(Ordering::Acquire);
+    if page.is_null() {
+        let options =
+            RegionOptions { wipe_on_fork: true, huge: Some(false), ..RegionOptions::default() };
+        let own = Box::into_raw(Box::new(Region::reserve(PAGE_SIZE, options)?));
+        // Release: partner of the load above; acquire: as there.
+        let put = PAGE.compare_exchange(page, own, Ordering::AcqRel, Ordering::Acquire);
+        page = match put {
+            Ok(_) => own,
+            Err(first) => {
+                // SAFETY: it was made just now, and nobody else has seen it.
+                drop(unsafe { Box::from_raw(own) });
+                first
+            }
+        };
+    }
+    // SAFETY: what is put there was made from a box, and is never freed.
+    Ok(unsafe { &*page })
+}
+
+/// Returns a number that no other process has: that of its parents neither, although a child may
+/// have the process ID of its parent where there are several namespaces of them
+/// (pid_namespaces(7)).
+///
+/// It is drawn at random. A number that was counted could be drawn twice: a child is made of pages
+/// that are copied one after the other, while other threads of its parent go on counting.
+///
+/// # Errors
+///
+/// Those of [`Region::reserve`], and of getrandom(2).
+pub(crate) fn process_number() -> Result<u64, Errno> {
+    let region = page()?;
+    let known = region.first_word();
+    if known != 0 {
+        return Ok(known);
+    }
+    let drawn = random()?;
+    let mut keep = |word| if word == 0 { drawn } else { word };
+    let before = region.fetch_update(region.range().first(), 0, &mut keep);
+    Ok(if before == 0 { drawn } else { before })
+}
+
+/// Draws a number that is not zero.
+fn random() -> Result<u64, Errno> {
+    let mut bytes = [0; 8];
+    loop {
+        // SAFETY: there is room for as many bytes.
+        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        match (got, u64::from_ne_bytes(bytes)) {
+            (8, number) if number != 0 => return Ok(number),
+            (0.., _) => {}
+            (..0, _) => match Errno::from_io_error(&std::io::Error::last_os_error()) {
+                Some(Errno::INTR) => {}
+                error => return Err(error.unwrap_or(Errno::IO)),
+            },
+        }
+    }
+}
+
 /// Knows whether this process is the one that made it, or a copy of that.
 ///
-/// It is a page that the kernel wipes in a child (`MADV_WIPEONFORK`, Linux 4.14), so it is right in
-/// every child that has memory of its own, however it was made. A child that shares its parent's
-/// memory (`vfork`) is no copy: what the parent serves, it serves for both.
-#[derive(Debug)]
-pub(crate) struct ForkMark(Region);
+/// A child that shares its parent's memory (`vfork`) is no copy: what the parent serves, it serves
+/// for both.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ForkMark {
+    page: &'static Region,
+    process: u64,
+}
 
 impl ForkMark {
     /// Makes a mark of this process.
     ///
     /// # Errors
     ///
-    /// Those of [`Region::reserve`].
+    /// Those of [`process_number`].
     pub(crate) fn new() -> Result<ForkMark, Errno> {
-        let options =
-            RegionOptions { wipe_on_fork: true, huge: Some(false), ..RegionOptions::default() };
-        let region = Region::reserve(PAGE_SIZE, options)?;
-        region.write(region.range().first(), 0, &1_u64.to_ne_bytes());
-        Ok(ForkMark(region))
+        Ok(ForkMark { page: page()?, process: process_number()? })
+    }
+
+    /// Returns where it is. What looks at it must never wait for it.
+    pub(crate) fn range(&self) -> PageRange {
+        self.page.range()
     }
 
     /// Tells whether this process made the mark: one load from memory.
     pub(crate) fn is_ours(&self) -> bool {
-        self.0.first_word() != 0
+        self.page.first_word() == self.process
     }
 }
 

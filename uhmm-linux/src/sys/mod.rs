@@ -21,7 +21,7 @@
 //! | [`pidfd`] | pidfd_open(2) | 5.3 |
 //! | [`sentinel`] | userfaultfd(2)'s events of forks, in the order of addresses | 4.11 |
 //! | [`allocator`] | memory that never moves, for the global allocator | any |
-//! | [`region`], [`thread`], [`objects`], [`fork`] | memory, threads, objects, fork | any |
+//! | [`region`], [`thread`], [`objects`], [`loader`], [`fork`] | memory, threads, objects, fork | any |
 //! | [`probe`] | what of all this is to be had | any |
 //!
 //! Together they need Linux 6.8. `abi` holds the numbers and structures that no crate has.
@@ -56,6 +56,7 @@ mod abi;
 pub(crate) mod advise;
 pub(crate) mod allocator;
 pub(crate) mod fork;
+pub(crate) mod loader;
 pub(crate) mod maps;
 pub(crate) mod objects;
 pub(crate) mod pagemap;

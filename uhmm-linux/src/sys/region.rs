@@ -16,8 +16,9 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
-use rustix::process::Pid;
 use uhmm::{Order, PAGE_SIZE, Page, PageRange};
+
+use super::fork::ForkMark;
 
 /// The bytes of a word, the unit of every access.
 const WORD: usize = size_of::<u64>();
@@ -43,7 +44,7 @@ pub(crate) struct Region {
     /// Held by who makes it grow.
     growing: Mutex<()>,
     /// The process that has it, if its children do not.
-    only: Option<Pid>,
+    only: Option<ForkMark>,
 }
 
 /// What is special about the memory of a [`Region`].
@@ -61,6 +62,9 @@ pub(crate) struct RegionOptions {
     /// region and uses little of it wants this: `mlockall(MCL_CURRENT)` fills all that can be
     /// accessed.
     pub(crate) grows: bool,
+    /// No `mlockall` locks it (`MAP_DROPPABLE`, Linux 6.11), though `MCL_CURRENT` fills it. The kernel
+    /// may drop what it holds at any time, and a child finds zeroes there.
+    pub(crate) never_locked: bool,
 }
 
 // SAFETY: a region owns its memory and has no ties to the thread that made it (invariant 1).
@@ -80,9 +84,11 @@ impl Region {
     ///
     /// What `mmap`, `mprotect`, `munlock` or `madvise` said: `ENOMEM` where a limit on the size of
     /// the address space or of all memory forbids it, `EAGAIN` where a limit on locked memory does,
-    /// which is charged for a moment under `MCL_FUTURE`. `EINVAL` where `bytes` is 0.
+    /// which is charged for a moment under `MCL_FUTURE`. `EINVAL` where `bytes` is 0. With
+    /// `never_locked`, `EINVAL` or `EOPNOTSUPP` where the kernel has no such memory. With
+    /// `dont_fork` also those of [`process_number`](super::fork::process_number).
     pub(crate) fn reserve(bytes: usize, options: RegionOptions) -> Result<Region, Errno> {
-        let mut region = Region::map(bytes)?;
+        let mut region = Region::map(bytes, options.never_locked)?;
         // Under MCL_FUTURE the mapping was born locked. Nothing has filled it yet, because it was
         // not accessible, and once it is unlocked nothing will.
         region.unlock()?;
@@ -91,7 +97,7 @@ impl Region {
         }
         if options.dont_fork {
             region.advise(Advice::LinuxDontFork)?;
-            region.only = Some(rustix::process::getpid());
+            region.only = Some(ForkMark::new()?);
         }
         if options.wipe_on_fork {
             region.advise(Advice::LinuxWipeOnFork)?;
@@ -160,7 +166,7 @@ impl Region {
     /// Tells whether this process has the region: a child of the one that made it does not if it
     /// was made with [`dont_fork`](RegionOptions::dont_fork), and must not touch it then.
     pub(crate) fn is_here(&self) -> bool {
-        self.only.is_none_or(|process| process == rustix::process::getpid())
+        self.only.is_none_or(|mark| mark.is_ours())
     }
 
     /// Like [`reserve`](Region::reserve), and as long as there is no room for `bytes`, tries half
@@ -295,14 +301,16 @@ impl Region {
     }
 
     /// Maps inaccessible memory at a multiple of 2 MiB.
-    fn map(bytes: usize) -> Result<Region, Errno> {
+    fn map(bytes: usize, never_locked: bool) -> Result<Region, Errno> {
         let huge = Order::HUGE.bytes();
         let bytes = bytes.checked_next_multiple_of(huge).ok_or(Errno::NOMEM)?;
         if bytes == 0 {
             return Err(Errno::INVAL);
         }
         let mapped = bytes.checked_add(huge - PAGE_SIZE).ok_or(Errno::NOMEM)?;
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // What may be dropped is private as well.
+        let kind = if never_locked { MapFlags::DROPPABLE } else { MapFlags::PRIVATE };
+        let flags = kind | MapFlags::NORESERVE;
         // SAFETY: the kernel chooses where, so that it replaces no other mapping.
         let start = unsafe {
             rustix::mm::mmap_anonymous(core::ptr::null_mut(), mapped, ProtFlags::empty(), flags)

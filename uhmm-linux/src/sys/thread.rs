@@ -9,6 +9,7 @@
 
 use std::io::Write;
 use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::thread::JoinHandle;
 
@@ -110,6 +111,52 @@ pub(crate) fn tls_of_this_thread() -> PageRange {
     let this = unsafe { libc::pthread_self() } as u64;
     let first = this.saturating_sub(TLS_BYTES);
     covering(first, 2 * TLS_BYTES).expect("a thread pointer is not at the top of the address space")
+}
+
+/// Returns where the calling thread finds the thread-local variables of a shared library: the
+/// table (`dtv`) that its thread pointer leads to, which the loader keeps in the C library's heap.
+/// `None` where the C library is not glibc, which alone is known to have it there.
+#[cfg(all(target_env = "gnu", any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(crate) fn tls_table_of_this_thread() -> Option<PageRange> {
+    /// The thread control block, as far as it is known: where the table is (the ABI for
+    /// thread-local storage, variants I and II; glibc's `tcbhead_t`).
+    const TABLE: usize = if cfg!(target_arch = "x86_64") { 1 } else { 0 };
+    /// The size of an entry. The one before the first tells how many there are.
+    const ENTRY: u64 = 16;
+    let control = thread_pointer();
+    // SAFETY: the thread control block of this thread has this word, on the word's boundary.
+    let table = unsafe { control.add(TABLE) };
+    // SAFETY: as above; only this thread changes it.
+    let entries = unsafe { table.read() };
+    let count = entries.wrapping_sub(ENTRY);
+    let counted: *const u64 = std::ptr::with_exposed_provenance(count as usize);
+    // SAFETY: glibc keeps the number of entries in the one before the first.
+    let length = unsafe { counted.read() };
+    // The entry of the generation comes first, and is not counted.
+    covering(count, length.saturating_add(2).saturating_mul(ENTRY))
+}
+
+/// Returns where the calling thread's control block is.
+#[cfg(all(target_env = "gnu", target_arch = "x86_64"))]
+fn thread_pointer() -> *const u64 {
+    // SAFETY: `pthread_self` has no conditions. What it returns is the thread pointer on x86-64.
+    let this = unsafe { libc::pthread_self() };
+    std::ptr::with_exposed_provenance(this as usize)
+}
+
+/// Returns where the calling thread's control block is.
+#[cfg(all(target_env = "gnu", target_arch = "aarch64"))]
+fn thread_pointer() -> *const u64 {
+    let this: usize;
+    // SAFETY: reads a register that every program may read.
+    unsafe { core::arch::asm!("mrs {}, tpidr_el0", out(reg) this, options(nomem, nostack)) };
+    std::ptr::with_exposed_provenance(this)
+}
+
+/// Returns nothing: where this C library keeps them is not known.
+#[cfg(not(all(target_env = "gnu", any(target_arch = "x86_64", target_arch = "aarch64"))))]
+pub(crate) fn tls_table_of_this_thread() -> Option<PageRange> {
+    None
 }
 
 /// Returns the number of the calling thread, as the kernel counts threads.
@@ -257,6 +304,39 @@ pub(crate) fn keep_descriptors(kept: &[BorrowedFd<'_>]) -> Result<(), Errno> {
         next = fd.map_or(next, |fd| fd + 1);
     }
     Ok(())
+}
+
+/// Whether some thread has given itself descriptors of its own.
+static OWN_DESCRIPTORS: AtomicBool = AtomicBool::new(false);
+
+/// Gives the calling thread, and those that it makes from now on, descriptors of their own: none but
+/// `/dev/null` as 0, 1 and 2, so that nothing that is opened later is taken for those.
+///
+/// # Errors
+///
+/// As [`keep_descriptors`]; what open(2) said of `/dev/null`.
+pub(crate) fn own_descriptors() -> Result<(), Errno> {
+    keep_descriptors(&[])?;
+    // Relaxed: it is read to find a better way to say something, and no more.
+    OWN_DESCRIPTORS.store(true, Ordering::Relaxed);
+    for _ in 0..3 {
+        let null = rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty())?;
+        std::mem::forget(null);
+    }
+    Ok(())
+}
+
+/// Writes to the program's standard error, as far as it has one.
+pub(crate) fn tell(text: &str) {
+    // Relaxed: see `own_descriptors`.
+    if OWN_DESCRIPTORS.load(Ordering::Relaxed) {
+        // That of the first thread, which has the program's.
+        let stderr = std::fs::OpenOptions::new().append(true).open("/proc/self/fd/2");
+        if stderr.is_ok_and(|mut stderr| stderr.write_all(text.as_bytes()).is_ok()) {
+            return;
+        }
+    }
+    eprint!("{text}");
 }
 
 /// Tells whether thread `tid` of this process sleeps in poll(2). `None` where the kernel does not

@@ -31,6 +31,7 @@ use rustix::mm::UserfaultfdFlags;
 use uhmm::{PAGE_SHIFT, Page, PageRange};
 
 use super::abi::{self, Argument, UffdioRange, UffdioUnregister, UffdioWake, len_of};
+use crate::mutant::mutant;
 
 mod message;
 
@@ -232,6 +233,9 @@ impl Userfaultfd {
     #[doc(alias = "UFFDIO_UNREGISTER")]
     pub(crate) fn unregister(&self, range: PageRange) -> Result<(), Errno> {
         let unregistered = self.call(&mut UffdioUnregister(range.into()));
+        if mutant!("nobody_is_woken_after_unregistering") {
+            return unregistered;
+        }
         let woken = self.wake(range);
         unregistered.and(woken)
     }

@@ -187,7 +187,15 @@ impl Scattered {
         assert!(held.is_held());
         // A hold that is leaked lasts until a CPU touches the page.
         std::mem::forget(held);
-        assert!(self.part(0).iter().all(|page| is_out(&self.process, page)));
+        let all_out = || self.part(0).iter().all(|page| is_out(&self.process, page));
+        // A thread that a signal disturbs while it waits for a page faults once more, and who serves
+        // that later finds the page away again, and brings it.
+        assert!(super::eventually(|| {
+            all_out() || {
+                self.process.migrate(self.part(0), &self.gpu.pagemap).run();
+                false
+            }
+        }));
         3 * Scattered::PART
     }
 

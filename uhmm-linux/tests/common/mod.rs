@@ -7,6 +7,7 @@ pub(crate) mod children;
 #[path = "../../../uhmm/tests/model/device.rs"]
 pub(crate) mod device;
 pub(crate) mod leaks;
+pub(crate) mod listener;
 pub(crate) mod memory;
 mod own_process;
 pub(crate) mod rig;

@@ -185,3 +185,93 @@ fn what_was_there_before_never_comes_back() {
         assert!(moved >= ENOUGH, "{moved} pages left: there was something to see");
     });
 }
+
+/// The kernel lets a range be registered in another way while the event of a move there is unread. A
+/// device that looks there just then must not have the pages that came along be zeroes.
+#[test]
+fn who_looks_where_a_mapping_is_just_moved_to_takes_no_page_away() {
+    const PAGES: u64 = 8;
+    const ROUNDS: u64 = 1500;
+    OwnProcess::new().deadline(Duration::from_secs(120)).run(|| {
+        let process = attach();
+        let memory = host(&process, 64);
+        let places = [place(PAGES), place(PAGES)];
+        let [mut from, mut to] = places;
+        map(from, Backing::Anonymous, RW).expect("it can be mapped");
+        let over = AtomicBool::new(false);
+        let mut moves = 0;
+        std::thread::scope(|scope| {
+            for page in [PAGES - 2, PAGES - 1] {
+                let (process, over) = (&process, &over);
+                scope.spawn(move || {
+                    // Relaxed: when it ends is of no importance.
+                    while !over.load(Ordering::Relaxed) {
+                        for range in places {
+                            process.snapshot(range);
+                            // It is mapped, or not.
+                            let _ = trap::load(part(range, page, 1).address());
+                        }
+                    }
+                });
+            }
+            let _over = SetAtEnd(&over);
+            for round in 0..ROUNDS {
+                for (index, page) in (round * PAGES..).zip(from.iter()) {
+                    trap::store(page.address(), 1 + index).expect("it is mapped");
+                }
+                // The others stay, so that there is something to be watched.
+                process.migrate(part(from, PAGES / 2, PAGES / 2), &memory).run();
+                if remap(from, to.first()).is_err() {
+                    // Registered in part it is two mappings, and the kernel moves one.
+                    map(from, Backing::Anonymous, RW).expect("it can be mapped");
+                    continue;
+                }
+                moves += 1;
+                for (index, page) in (round * PAGES..).zip(to.iter()) {
+                    assert_eq!(trap::load(page.address()), Ok(1 + index), "in round {round}");
+                }
+                (from, to) = (to, from);
+            }
+        });
+        assert_eq!(process.statistics().replaced, 0);
+        let left = memory.statistics().in_by_request;
+        assert!(moves > ROUNDS / 2 && left > ROUNDS, "{moves} moves, {left} pages left");
+    });
+}
+
+/// Who sleeps for a page that somebody has in transit is woken when it has come to a device, where
+/// nobody puts it into the page table.
+#[test]
+fn who_touches_a_page_in_transit_goes_on_when_it_is_on_a_device() {
+    in_own_process(|| {
+        let process = attach();
+        let (ours, gpu) = (host(&process, 64), Gpu::new(64));
+        let mapping = Mapping::anonymous(1);
+        for memory in [&ours, &gpu.pagemap] {
+            fill(&mapping);
+            let migration = process.migrate(mapping.range(), memory).copy();
+            let before = process.statistics().faults_in_transit;
+            std::thread::scope(|scope| {
+                let (word, process) = (mapping.word(0), &process);
+                let touch = scope.spawn(move || trap::load(word));
+                assert!(eventually(|| process.statistics().faults_in_transit > before));
+                assert_eq!(migration.commit().moved, 1);
+                let went_on = eventually(|| touch.is_finished());
+                // Else whoever waits for the thread would wait for ever.
+                process.migrate_home(mapping.range());
+                assert!(went_on, "it sleeps on");
+                assert_eq!(touch.join().expect("it does not panic"), Ok(first_word(0)));
+            });
+        }
+    });
+}
+
+/// Is true from the end of a scope on, also where that is a panic.
+struct SetAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        // Relaxed: those who look end soon, and that is all.
+        self.0.store(true, Ordering::Relaxed);
+    }
+}

@@ -77,6 +77,11 @@ impl Own {
         own.mirror_again(process);
         own
     }
+
+    fn handle(&self) -> Option<MirrorHandle<SoftGpu>> {
+        let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
+        Some(MirrorHandle::clone(mirror.as_ref()?))
+    }
 }
 
 impl Gpu for Own {
@@ -104,10 +109,9 @@ impl Gpu for Own {
     }
 
     fn hold(&self, range: PageRange, f: &mut dyn FnMut()) -> bool {
-        let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(held) = mirror.as_ref().and_then(|mirror| mirror.exclusive(range).ok()) else {
-            return false;
-        };
+        // Not under the lock: `f` may ask for a context, and somebody wait to end the mirror.
+        let Some(mirror) = self.handle() else { return false };
+        let Ok(held) = mirror.exclusive(range) else { return false };
         f();
         drop(held);
         true
@@ -180,6 +184,11 @@ impl InPlace {
         gpu.mirror_again(process);
         gpu
     }
+
+    fn handle(&self) -> Option<MirrorHandle<InPlaceDevice>> {
+        let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
+        Some(MirrorHandle::clone(mirror.as_ref()?))
+    }
 }
 
 impl Gpu for InPlace {
@@ -192,9 +201,7 @@ impl Gpu for InPlace {
     }
 
     fn context(&self) -> Option<Box<dyn Accesses>> {
-        let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
-        let handle: MirrorHandle<InPlaceDevice> = MirrorHandle::clone(mirror.as_ref()?);
-        Some(Box::new(handle))
+        Some(Box::new(self.handle()?))
     }
 
     fn mirror_again(&self, process: &Process) {
@@ -207,10 +214,9 @@ impl Gpu for InPlace {
     }
 
     fn hold(&self, range: PageRange, f: &mut dyn FnMut()) -> bool {
-        let mirror = self.mirror.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(held) = mirror.as_ref().and_then(|mirror| mirror.exclusive(range).ok()) else {
-            return false;
-        };
+        // Not under the lock: `f` may ask for a context, and somebody wait to end the mirror.
+        let Some(mirror) = self.handle() else { return false };
+        let Ok(held) = mirror.exclusive(range) else { return false };
         f();
         drop(held);
         true

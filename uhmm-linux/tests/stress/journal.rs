@@ -97,15 +97,15 @@ overlaps! {
     /// Mappings with pages on a device were unmapped or mapped over.
     unmapped_on_device 50,
     /// The same with pages in transit.
-    unmapped_in_transit 5,
+    unmapped_in_transit 3,
     /// Pages on a device were discarded.
     removed_on_device 20,
     /// The same with pages in transit.
-    removed_in_transit 2,
+    removed_in_transit 1,
     /// Mappings with pages on a device were moved.
     moved_on_device 20,
     /// The same with pages in transit.
-    moved_in_transit 2,
+    moved_in_transit 1,
     /// A page was mapped over while an eviction had it in transit.
     evicted_and_replaced 1,
     /// The kernel put a move off since a change was under way.

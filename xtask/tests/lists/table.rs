@@ -134,7 +134,7 @@ fn is_rule(cell: &str) -> bool {
 mod of_this_file {
     use super::List;
     use crate::tree::Tree;
-    use crate::{acceptance, regressions};
+    use crate::{acceptance, live_acceptance, live_regressions, peers, regressions};
 
     fn tree() -> Tree {
         Tree::of(&[("mmu-notifier/tests/t.rs", "#[test]\nfn a_test() {}\n")])
@@ -164,7 +164,7 @@ mod of_this_file {
 
     #[test]
     fn whole_lists_are_accepted() {
-        for list in [acceptance(), regressions()] {
+        for list in [acceptance(), regressions(), live_acceptance(), live_regressions(), peers()] {
             assert_eq!(list.check(&text(&list, |_, row| row), &tree()), Vec::<String>::new());
         }
     }
@@ -196,6 +196,24 @@ mod of_this_file {
         );
         let bad_header = text(&list, |_, row| row).replacen("how it is met", "how", 1);
         assert!(list.check(&bad_header, &tree())[0].starts_with("line 3: ID: the columns"));
+    }
+
+    #[test]
+    fn a_bad_list_of_what_holds_on_a_live_process_is_refused() {
+        let list = live_acceptance();
+        for (row, error) in [
+            ("", "A06: has no row"),
+            ("| A06 | w | h | later: uhmm-linux |\n", "line 6: A06: no entry in backticks"),
+            (
+                "| A06 | w | h | needs changes that are announced |\n",
+                "line 6: A06: `needs changes that are announced` has no reason",
+            ),
+        ] {
+            refused(&list, "A06", row, error);
+        }
+        let row = "| A06 | w | h | needs changes that are announced: it is told late |\n";
+        let text = text(&list, |id, text| if id == "A06" { row.to_owned() } else { text });
+        assert_eq!(list.check(&text, &tree()), Vec::<String>::new());
     }
 
     #[test]

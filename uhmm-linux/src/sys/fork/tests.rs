@@ -3,7 +3,7 @@
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::super::child::{End, Fork, alone, start};
+use super::super::child::{End, Fork, alone, may_make_namespaces, start};
 use super::*;
 
 #[test]
@@ -20,6 +20,51 @@ fn a_mark_is_of_the_process_that_made_it_and_of_no_copy() {
             assert_eq!(of_the_child.end(), End::Returned(true), "{how:?}");
         }
         assert!(mark.is_ours());
+    });
+}
+
+/// Two that come one after the other may have the same process ID.
+#[test]
+fn a_mark_is_of_no_copy_that_has_the_process_id_of_its_parent() {
+    alone(module_path!(), "a_mark_is_of_no_copy_that_has_the_process_id_of_its_parent", || {
+        if !may_make_namespaces() {
+            return;
+        }
+        let parent = start(Fork::FirstOfMany, || {
+            let (mark, pid) =
+                (ForkMark::new().expect("there is memory"), rustix::process::getpid());
+            let options = RegionOptions { dont_fork: true, ..RegionOptions::default() };
+            let region = Region::reserve(PAGE_SIZE, options).expect("there is memory");
+            let child = start(Fork::FirstOfMany, || {
+                assert_eq!(rustix::process::getpid(), pid);
+                !mark.is_ours() && !region.is_here()
+            });
+            child.end() == End::Returned(true) && mark.is_ours() && region.is_here()
+        });
+        assert_eq!(parent.end(), End::Returned(true));
+    });
+}
+
+#[test]
+fn threads_that_ask_at_once_are_of_one_process() {
+    alone(module_path!(), "threads_that_ask_at_once_are_of_one_process", || {
+        let own = process_number().expect("there is memory");
+        for _ in 0..20 {
+            let child = start(Fork::Raw, || {
+                let barrier = std::sync::Barrier::new(4);
+                let ask = || {
+                    barrier.wait();
+                    process_number().expect("there is memory")
+                };
+                let numbers = std::thread::scope(|scope| {
+                    let threads = [(); 4].map(|()| scope.spawn(ask));
+                    threads.map(|thread| thread.join().expect("it does not panic"))
+                });
+                numbers.iter().all(|&number| number == numbers[0] && number != own)
+            });
+            assert_eq!(child.end(), End::Returned(true));
+        }
+        assert_eq!(process_number(), Ok(own));
     });
 }
 

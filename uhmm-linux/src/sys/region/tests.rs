@@ -6,7 +6,7 @@ use std::thread;
 use proptest::prelude::*;
 
 use super::super::child::{End, Fork, alone, start};
-use super::super::process_vm;
+use super::super::{advise, process_vm};
 use super::*;
 
 /// Makes a region without extras.
@@ -119,6 +119,35 @@ fn a_program_that_locks_all_of_its_memory_does_not_lock_a_region() {
         assert_eq!(resident(&region), 0);
         // What is locked cannot be dropped.
         region.zap(region.range()).expect("it is not locked");
+    });
+}
+
+#[test]
+fn a_region_can_be_one_that_nobody_locks() {
+    alone(module_path!(), "a_region_can_be_one_that_nobody_locks", || {
+        let options = RegionOptions { never_locked: true, ..RegionOptions::default() };
+        let before = match Region::reserve(1, options) {
+            Ok(region) => region,
+            // Before Linux 6.11.
+            Err(error) => {
+                assert!([Errno::INVAL, Errno::OPNOTSUPP].contains(&error), "{error}");
+                eprintln!("NOT TESTED: the kernel has no such memory");
+                return;
+            }
+        };
+        let ordinary = region(1);
+        for flags in [libc::MCL_CURRENT, libc::MCL_CURRENT | libc::MCL_FUTURE] {
+            // SAFETY: no conditions.
+            if unsafe { libc::mlockall(flags) } != 0 {
+                eprintln!("NOT TESTED: mlockall: {}", std::io::Error::last_os_error());
+                return;
+            }
+            let after = Region::reserve(1, options).expect("there is memory");
+            for never in [&before, &after] {
+                assert!(!advise::is_locked(never.range()), "{flags}");
+            }
+            assert!(advise::is_locked(ordinary.range()), "this test sees what is locked");
+        }
     });
 }
 

@@ -1,6 +1,7 @@
 //! Tests.
 
 use std::cell::Cell;
+use std::sync::atomic::AtomicU64;
 
 use uhmm::Page;
 
@@ -180,4 +181,32 @@ fn nobody_else_closes_what_a_thread_has_kept() {
     let mut bytes = [0; 10];
     (&far).read_exact(&mut bytes).expect("it was written");
     assert_eq!(&bytes, b"still here");
+}
+
+#[cfg(all(target_env = "gnu", any(target_arch = "x86_64", target_arch = "aarch64")))]
+#[test]
+fn the_table_leads_to_the_variables_of_the_program() {
+    let found = |range: PageRange| {
+        let word = |at: u64| {
+            let word: *const AtomicU64 = std::ptr::with_exposed_provenance(at as usize);
+            // SAFETY: the pages of the table are mapped while its thread lives, and what else is in
+            // them is looked at as atomics are.
+            let word = unsafe { &*word };
+            // Relaxed: it is the thread's own.
+            word.load(Ordering::Relaxed)
+        };
+        let end = range.address() + (range.len() * uhmm::PAGE_SIZE) as u64;
+        let variables = tls_of_this_thread();
+        (range.address()..end).step_by(8).any(|at| {
+            let leads_to = Page::containing(word(at));
+            variables.contains(leads_to)
+        })
+    };
+    let table = tls_table_of_this_thread().expect("this is glibc");
+    assert!(found(table), "{table}");
+    let other = std::thread::spawn(move || {
+        let own = tls_table_of_this_thread().expect("this is glibc");
+        assert!(found(own), "{own}");
+    });
+    other.join().expect("it is as it says");
 }
