@@ -2,3 +2,5 @@
 #![forbid(unsafe_code)]
 
 pub mod gpu;
+#[cfg(target_os = "linux")]
+pub mod store;

@@ -8,10 +8,14 @@
 //!
 //! What is checked: words that kernels and a CPU add to hold the sum in the end, wherever their pages
 //! were; a kernel fails for the reason there is and for no other, and always comes to its end; no
-//! translation is used after its time; a GPU that does not flush is found out.
+//! translation is used after its time; a GPU that does not flush is found out. The same goes for
+//! words whose pages two stores take, one compressed and one in a file.
 #![cfg(not(loom))]
 
 mod common;
+#[cfg(target_os = "linux")]
+#[path = "concurrency/stores.rs"]
+mod stores;
 
 use std::sync::Arc;
 
@@ -338,6 +342,23 @@ fn seed() -> u64 {
 #[cfg(not(shuttle))]
 #[test]
 fn everything_at_once() {
+    for_a_while(round);
+}
+
+#[cfg(all(target_os = "linux", not(shuttle)))]
+#[test]
+fn stores_at_once() {
+    for_a_while(stores::round);
+}
+
+#[cfg(all(target_os = "linux", not(shuttle)))]
+#[test]
+fn compaction_at_once() {
+    for_a_while(stores::compaction);
+}
+
+#[cfg(not(shuttle))]
+fn for_a_while(round: fn(u64)) {
     use std::sync::mpsc;
     use std::time::{Duration, Instant};
 
@@ -363,6 +384,23 @@ fn everything_at_once() {
 #[cfg(shuttle)]
 #[test]
 fn everything_at_once() {
+    under_shuttle(|| round(0));
+}
+
+#[cfg(all(target_os = "linux", shuttle))]
+#[test]
+fn stores_at_once() {
+    under_shuttle(|| stores::round(0));
+}
+
+#[cfg(all(target_os = "linux", shuttle))]
+#[test]
+fn compaction_at_once() {
+    under_shuttle(|| stores::compaction(0));
+}
+
+#[cfg(shuttle)]
+fn under_shuttle(round: fn()) {
     use shuttle::scheduler::{PctScheduler, RandomScheduler};
     use shuttle::{Config, Runner};
 
@@ -373,9 +411,9 @@ fn everything_at_once() {
     let mut config = Config::new();
     config.silence_warnings = true;
     let random = RandomScheduler::new_from_seed(seed, SCHEDULES);
-    Runner::new(random, config.clone()).run(|| round(0));
+    Runner::new(random, config.clone()).run(round);
     let pct = PctScheduler::new_from_seed(seed, 3, SCHEDULES);
-    Runner::new(pct, config).run(|| round(0));
+    Runner::new(pct, config).run(round);
 }
 
 /// The schedules that find a defect are drawn.
