@@ -1,0 +1,109 @@
+//! A process's own part of the ledger.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use uhmm::StayReason;
+
+use super::layout::{Identity, Phase, SlotRecord, Word};
+use super::numbers::{bucket_of, place_of};
+use super::{Counter, Gauge, Ledger, NoteKind};
+
+/// The slot of a process, in which it counts. What is written here is kept when the process is
+/// killed.
+///
+/// A child that is made by `fork` inherits this value, and must not use it: it
+/// [claims](Ledger::claim) its own. All methods may be called from any thread, take no lock, and
+/// make no system call.
+#[derive(Debug)]
+pub struct Slot {
+    ledger: Ledger,
+    index: usize,
+    identity: Identity,
+}
+
+// Relaxed, all numbers here: each is one by itself, and orders nothing.
+impl Slot {
+    pub(super) fn new(ledger: Ledger, index: usize, identity: Identity) -> Slot {
+        Slot { ledger, index, identity }
+    }
+
+    /// Returns the ledger that it is part of.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Returns the number of the process.
+    pub fn pid(&self) -> u32 {
+        self.identity.pid
+    }
+
+    /// Says that the process is managed from now on.
+    pub fn attached(&self) {
+        if self.enter(Phase::Attached) {
+            self.ledger.layout().attached.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Says that the process is not managed, and why.
+    pub fn not_managed(&self, reason: &str) {
+        let place = self.ledger.note_place(NoteKind::NotManaged, reason);
+        let place = place.map_or(0, |place| place as u64 + 1);
+        self.record().reason.store(place, Ordering::Relaxed);
+        self.enter(Phase::NotManaged);
+    }
+
+    /// Says that the process ends. What it counted stays.
+    pub fn ended(&self) {
+        self.enter(Phase::Ended);
+    }
+
+    /// Tells the user something, in the report.
+    pub fn warn(&self, text: &str) {
+        self.ledger.note(NoteKind::Warning, text);
+    }
+
+    /// Counts `count` more of `counter`.
+    pub fn add(&self, counter: Counter, count: u64) {
+        self.record().record.counters[counter as usize].fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Sets what was counted of `counter` since the process began, where somebody else counts it.
+    pub fn set_counter(&self, counter: Counter, count: u64) {
+        self.record().record.counters[counter as usize].store(count, Ordering::Relaxed);
+    }
+
+    /// Sets how much there is of `gauge`, in bytes.
+    pub fn set(&self, gauge: Gauge, bytes: u64) {
+        let record = &self.record().record;
+        record.gauges[gauge as usize].store(bytes, Ordering::Relaxed);
+        record.peaks[gauge as usize].fetch_max(bytes, Ordering::Relaxed);
+    }
+
+    /// Counts `pages` that had to stay for `reason`.
+    pub fn stayed(&self, reason: StayReason, pages: u64) {
+        self.record().record.stays[place_of(reason)].fetch_add(pages, Ordering::Relaxed);
+    }
+
+    /// Counts a fault that took `latency` from when it was read to when its thread was woken.
+    pub fn fault_served(&self, latency: Duration) {
+        self.record().record.latency[bucket_of(latency)].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Changes the phase, if the slot is still that of this process.
+    fn enter(&self, phase: Phase) -> bool {
+        let word = &self.record().word;
+        let next = Word::new(phase, self.identity);
+        let mine = |word: u64| {
+            let word = Word(word);
+            let taken_away = matches!(word.phase(), Phase::Free | Phase::Retiring);
+            (!taken_away && word.identity() == self.identity).then_some(next.0)
+        };
+        // Release: who sees the phase sees what was written before, the name among it.
+        word.fetch_update(Ordering::Release, Ordering::Relaxed, mine).is_ok()
+    }
+
+    fn record(&self) -> &SlotRecord {
+        &self.ledger.layout().slots[self.index]
+    }
+}
