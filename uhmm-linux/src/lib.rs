@@ -1,12 +1,14 @@
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
+mod announce;
 mod options;
 pub mod probe;
 mod process;
 mod space;
 mod sys;
 
+pub use announce::{Coverage, Exception, NoAnnouncement};
 pub use options::Options;
 #[doc(inline)]
 pub use probe::{NoMigration, Probe, probe};

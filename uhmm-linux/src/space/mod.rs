@@ -50,10 +50,10 @@ mod state;
 mod take;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use mmu_notifier::{Event, Owner, Subscriptions};
+use mmu_notifier::{Event, EventKind, Owner, RangeInvalidation, Subscriptions};
 use rustix::io::Errno;
 use uhmm::backend::{Backend, Isolation, Select};
 use uhmm::{
@@ -68,6 +68,7 @@ use pool::{Pool, PoolBlock};
 use serve::Servers;
 use state::State;
 
+use crate::announce::{self, Coverage, NoAnnouncement};
 use crate::sys::region::{Region, RegionOptions};
 use crate::sys::sentinel::Sentinel;
 use crate::sys::userfaultfd::{Message, Messages};
@@ -98,6 +99,8 @@ pub(crate) struct Space {
     /// How many ranges may be registered.
     max_registrations: usize,
     this: Weak<Space>,
+    /// What is announced before it is done.
+    coverage: OnceLock<Coverage>,
     pub(crate) counters: Counters,
 }
 
@@ -215,6 +218,7 @@ impl Space {
             abilities: parts.abilities,
             max_registrations: parts.max_registrations,
             this: Weak::clone(this),
+            coverage: OnceLock::new(),
             counters: Counters::default(),
         });
         space.hook_forks()?;
@@ -222,6 +226,29 @@ impl Space {
         space.watch_forks()?;
         space.start_guardian()?;
         Ok(space)
+    }
+
+    /// Has the program's changes announced from now on.
+    pub(crate) fn begin_announcements(&self) -> Result<(), NoAnnouncement> {
+        let coverage = announce::announce_to(&self.this())?;
+        self.coverage.get_or_init(|| coverage);
+        Ok(())
+    }
+
+    /// Returns what is announced before it is done.
+    pub(crate) fn coverage(&self) -> Option<Coverage> {
+        self.coverage.get().copied()
+    }
+
+    /// Announces a change that the program is about to make.
+    pub(crate) fn announce(&self, kind: EventKind, range: PageRange) -> RangeInvalidation<'_> {
+        self.notifiers.invalidate_range_start(Event::new(kind, range.va_range()))
+    }
+
+    /// Announces a change that nobody can be interested in, so that everything that a thread needs for
+    /// it has been made.
+    pub(crate) fn try_announcement(&self) {
+        drop(self.announce(EventKind::Clear, self.unreadable.range()));
     }
 
     /// Returns what the program's changes have met.
@@ -379,7 +406,7 @@ const MIN_STAGING: usize = 16 << 20;
 
 /// Ends the process: threads sleep for pages that nobody can bring any more, and to let them read
 /// zeroes would be worse.
-fn fatal(what: &str, error: Errno) -> ! {
+pub(crate) fn fatal(what: &str, error: Errno) -> ! {
     eprintln!("uhmm: {what}: {error}. Pages of this process cannot be brought home: it ends here.");
     std::process::abort()
 }
@@ -394,7 +421,10 @@ impl Backend for Space {
     }
 
     fn coherence(&self) -> Coherence {
-        Coherence::Observed
+        match self.coverage.get() {
+            Some(_) => Coherence::Announced,
+            None => Coherence::Observed,
+        }
     }
 
     fn memory(&self) -> Arc<dyn SystemMemory> {
