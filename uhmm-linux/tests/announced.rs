@@ -4,6 +4,10 @@ mod common;
 
 #[path = "announced/calls.rs"]
 mod calls;
+#[path = "announced/outlive.rs"]
+mod outlive;
+#[path = "announced/stale.rs"]
+mod stale;
 
 use std::sync::{Arc, Mutex};
 
