@@ -88,3 +88,27 @@ fn no_device_uses_what_was_there_before() {
         }
     });
 }
+
+/// A device that takes its time to stop holds up the change that it has to stop for, and no other.
+#[test]
+fn a_change_that_waits_for_a_device_holds_up_no_other() {
+    in_own_process(|| {
+        let process = attach();
+        let (slow, other) = (Mapping::anonymous(1), Mapping::anonymous(64));
+        let (go_on, waits) = std::sync::mpsc::channel::<()>();
+        let (tell, told) = std::sync::mpsc::channel();
+        let (_heard, _subscription) =
+            listen(&process, slow.range(), move || tell.send(()).is_ok() && waits.recv().is_err());
+        std::thread::scope(|scope| {
+            let range = slow.range();
+            let change = scope.spawn(move || memory::protect(range, memory::R));
+            told.recv().expect("the device is told");
+            for page in 0..64 {
+                memory::unmap(other.part(page, 1));
+            }
+            assert!(!change.is_finished());
+            drop(go_on);
+            assert_eq!(change.join().expect("it does not panic"), Ok(()));
+        });
+    });
+}

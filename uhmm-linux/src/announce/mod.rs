@@ -20,8 +20,9 @@
 //!   device waits for, must make no call that stops. This crate's own memory does not come from the
 //!   program's allocator (without [`Allocator`](crate::Allocator) nothing is announced:
 //!   [`NoAnnouncement::Allocator`]), and the rest is the device's author's to keep.
-//! * *All executors are busy.* A call may wait for the servers, when it unmaps what is away; servers
-//!   make no calls that stop. It may wait for a device, which has its deadlines. There are several.
+//! * *An executor is busy.* A call may wait for the servers, when it unmaps what is away; servers make no
+//!   calls that stop. It may wait for a device, or for a file system. There are several, and another
+//!   one takes over ([`relay`]).
 //! * *A child* has the filter and shares nothing else. Its calls are told of here, and continued: they
 //!   are recognised by the number of the thread, which is none of this process. To make one here would
 //!   change the wrong memory. A child that shares the memory (`vfork`) is as good as a thread.
@@ -38,6 +39,7 @@
 
 mod filter;
 mod ranges;
+mod relay;
 pub(crate) mod table;
 
 use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
@@ -48,6 +50,7 @@ use rustix::io::Errno;
 use smallvec::SmallVec;
 
 use self::ranges::Change;
+use self::relay::Relay;
 use self::table::Call;
 use crate::space::{Space, fatal, lock};
 use crate::sys::fork::ForkMark;
@@ -162,6 +165,7 @@ struct Announcer {
     listener: RwLock<Arc<Listener>>,
     /// Who has one that nobody closes: the thread, and its number there.
     source: (u32, RawFd),
+    relay: Relay,
     /// Two threads that set the end of the heap see where it was one after the other.
     brk: Mutex<()>,
 }
@@ -223,6 +227,7 @@ fn start(space: &Arc<Space>) -> Result<&'static Announcer, NoAnnouncement> {
         space: RwLock::new(Weak::new()),
         listener: RwLock::new(Arc::new(listener)),
         source,
+        relay: Relay::default(),
         brk: Mutex::new(()),
     };
     let announcer = ANNOUNCER.get_or_init(|| announcer);
@@ -298,14 +303,20 @@ fn execute(index: usize, space: &Arc<Space>, warm: &Sender<()>, told: &Receiver<
 impl Announcer {
     fn execute(&self, slot: &Slot<'_>) -> ! {
         loop {
-            let listener = self.listener();
-            match listener.receive(slot) {
-                Ok(call) => {
-                    let answer = self.handle(&call);
-                    self.reply(call.id, answer);
+            let lead = self.relay.wait_for_lead();
+            let mut leads = true;
+            while leads {
+                let listener = self.listener();
+                match listener.receive(slot) {
+                    Ok(call) => {
+                        let number = self.relay.begin();
+                        let answer = self.handle(&call);
+                        leads = self.relay.end(number, lead);
+                        self.reply(call.id, answer);
+                    }
+                    Err(Errno::NOENT | Errno::INTR) => {}
+                    Err(error) => self.renew(&listener, error),
                 }
-                Err(Errno::NOENT | Errno::INTR) => {}
-                Err(error) => self.renew(&listener, error),
             }
         }
     }
