@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 mod announce;
+pub mod bind;
 mod options;
 pub mod probe;
 mod process;

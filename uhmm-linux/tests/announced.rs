@@ -16,6 +16,7 @@ use common::memory::{self, Mapping};
 use common::rig::{Gpu, attach_with, device_load, device_store};
 use uhmm::mmu_notifier::{Event, EventKind, Notifier, Subscription};
 use uhmm::{Coherence, PageRange};
+use uhmm_linux::bind::Monitor;
 use uhmm_linux::{Options, Process};
 
 /// Attaches, with announcements.
@@ -110,5 +111,38 @@ fn a_change_that_waits_for_a_device_holds_up_no_other() {
             drop(go_on);
             assert_eq!(change.join().expect("it does not panic"), Ok(()));
         });
+    });
+}
+
+#[test]
+fn a_monitor_calls_its_function_before_what_it_watches_goes() {
+    in_own_process(|| {
+        let process = attach();
+        let mapping = Mapping::anonymous(8);
+        let whole = mapping.range();
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let monitor = {
+            let told = Arc::clone(&told);
+            let monitor = Monitor::start(&process, move |change| {
+                let still = memory::mapped_in(whole).iter().map(|(part, _)| part.pages()).sum();
+                let at = (change.address - whole.address(), change.length, change.kind);
+                told.lock().expect("nobody panics").push((at, still));
+            });
+            monitor.expect("the process lives")
+        };
+        let at = |page: u64| whole.address() + page * 4096;
+        monitor.subscribe(at(1), 2 * 4096).expect("the process lives");
+        monitor.subscribe(at(5), 4096).expect("the process lives");
+        assert!(monitor.is_watched(at(1), 4096) && !monitor.is_watched(at(1), 5 * 4096));
+        memory::protect(mapping.part(0, 1), memory::R).expect("it is mapped");
+        memory::unmap(mapping.part(2, 4));
+        monitor.unsubscribe(at(1), 4096);
+        memory::unmap(mapping.part(1, 1));
+        let told = told.lock().expect("nobody panics");
+        let unmapped = |page: u64| (page * 4096, 4096, EventKind::Unmap);
+        let before: Vec<((u64, u64, EventKind), u64)> = vec![(unmapped(2), 8), (unmapped(5), 8)];
+        assert_eq!(told[..2], before);
+        // What is observed besides comes after, and of nothing else.
+        assert!(told.iter().all(|&(what, _)| what == unmapped(2) || what == unmapped(5)));
     });
 }

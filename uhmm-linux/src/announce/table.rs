@@ -40,7 +40,10 @@ pub(crate) enum Call {
 
 /// A row of the table.
 #[derive(Clone, Copy, Debug)]
-#[allow(dead_code, reason = "the name is for those who debug, and for a test")]
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "the name is for those who debug, and for a test")
+)]
 pub(crate) struct Row {
     pub(crate) call: Call,
     pub(crate) name: &'static str,
@@ -100,4 +103,22 @@ pub(crate) fn find(call: &seccomp::Notification) -> Option<&'static Row> {
 /// Tells whether a call is made in the x32 manner.
 pub(crate) fn is_x32(call: &seccomp::Notification) -> bool {
     call.architecture == seccomp::NATIVE && call.number as u32 & X32 != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The page has a row for each call, and no others.
+    #[test]
+    fn the_page_for_users_has_the_same_calls() {
+        let page = include_str!("../../docs/announced.md");
+        let rows = page.lines().filter(|line| line.contains("| proxy"));
+        let name = |line: &str| line.split('`').nth(1).map(str::to_owned);
+        let mut written: Vec<String> = rows.filter_map(name).collect();
+        let mut stops: Vec<String> = STOPS.iter().map(|row| row.name.to_owned()).collect();
+        written.sort();
+        stops.sort();
+        assert_eq!(written, stops);
+    }
 }
