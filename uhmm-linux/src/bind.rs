@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 
 use mmu_notifier::{Event, EventKind, Notifier, Subscription, VaRange};
 use rangemap::RangeSet;
+use smallvec::SmallVec;
 use uhmm::{AddressSpace, Released};
 
 use crate::space::lock;
@@ -159,8 +160,8 @@ impl Notifier for Callback {
     fn invalidate(&mut self, event: &Event) {
         let range: VaRange = event.range();
         let (first, past) = (range.start(), range.last().saturating_add(1));
-        let parts: Vec<std::ops::Range<u64>> = match &*lock(&self.watched) {
-            Watched::All => vec![first..past],
+        let parts: SmallVec<[std::ops::Range<u64>; 1]> = match &*lock(&self.watched) {
+            Watched::All => SmallVec::from_iter([first..past]),
             Watched::Ranges(ranges) => ranges
                 .overlapping(&(first..past))
                 .map(|part| part.start.max(first)..part.end.min(past))

@@ -128,7 +128,7 @@ fn use_it(place: &Place, cached: &Subscription<Cached>, counts: &Counts, stop: &
         counts.misses.fetch_add(1, SeqCst);
         let Ok(section) = cached.read_begin() else { return };
         let generation = place.generation.load(SeqCst);
-        if generation % 2 != 0 {
+        if !generation.is_multiple_of(2) {
             drop(section);
             std::thread::yield_now();
             continue;
