@@ -195,6 +195,7 @@ fn gcc_compiles_to_the_same_object() {
 }
 
 #[test]
+#[ignore = "takes minutes: programs.sh has it too"]
 fn stress_ng_finds_every_byte() {
     let Some(stress) = find("stress-ng").filter(|_| allowed()) else { return };
     let options = [

@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
+mod announce;
+pub mod bind;
 mod mutant;
 mod options;
 pub mod probe;
@@ -8,6 +10,7 @@ mod process;
 mod space;
 mod sys;
 
+pub use announce::{Coverage, Exception, NoAnnouncement};
 pub use options::Options;
 #[doc(inline)]
 pub use probe::{NoMigration, Probe, probe};

@@ -21,6 +21,7 @@ pub struct Options {
     pub(crate) managed: Option<Vec<PageRange>>,
     pub(crate) only_hooked_forks: bool,
     pub(crate) own_descriptors: bool,
+    pub(crate) announced: bool,
     pub(crate) injector: Option<Injector>,
 }
 
@@ -34,6 +35,7 @@ impl Default for Options {
             managed: None,
             only_hooked_forks: false,
             own_descriptors: false,
+            announced: false,
             injector: None,
         }
     }
@@ -125,6 +127,26 @@ impl Options {
     #[must_use]
     pub fn own_descriptors(mut self, yes: bool) -> Options {
         self.own_descriptors = yes;
+        self
+    }
+
+    /// Has every change that the program makes to its mappings announced before it is made, and ended
+    /// after ([`Coherence::Announced`](uhmm::Coherence::Announced)), if `yes`: when `munmap` returns,
+    /// no device uses what was there. Without it changes are observed. See
+    /// [`Process::coverage`](crate::Process::coverage) for what this covers.
+    ///
+    /// Attaching fails where it cannot be ([`NoAnnouncement`](crate::NoAnnouncement)). It installs a
+    /// seccomp filter for all threads of the process, for its children and the programs that they
+    /// execute, which stays for good: each call that changes mappings takes several times as long, in
+    /// children of this process too. While this process is stopped (`SIGSTOP`), so are its
+    /// children at such calls. A second process, `uhmm-keeper`, lets their calls pass when this one
+    /// has ended.
+    ///
+    /// A thread that holds a mirror's lock, or that a device waits for in order to stop, must make no
+    /// such call: it would wait for itself.
+    #[must_use]
+    pub fn announced(mut self, yes: bool) -> Options {
+        self.announced = yes;
         self
     }
 

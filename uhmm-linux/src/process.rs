@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::io::Errno;
 use uhmm::{AddressSpace, Backend, PageRange};
 
+use crate::announce::{Coverage, NoAnnouncement};
 use crate::options::Options;
 use crate::probe::{NoMigration, Plan, Probe, probe};
 use crate::space::kernel::Kernel;
@@ -61,6 +62,12 @@ pub enum AttachError {
     Proc {
         /// What the kernel said.
         errno: Errno,
+    },
+    /// Changes cannot be announced, as was [asked](Options::announced).
+    #[error("changes cannot be announced: {why}")]
+    NotAnnounced {
+        /// Why not.
+        why: NoAnnouncement,
     },
     /// There is no address space, no memory or no thread for it.
     #[error(
@@ -178,6 +185,9 @@ impl Process {
         };
         let space = Space::new(parts).map_err(no_room)?;
         let address_space = AddressSpace::new(Arc::clone(&space) as Arc<dyn Backend>);
+        if options.announced {
+            space.begin_announcements().map_err(|why| AttachError::NotAnnounced { why })?;
+        }
         let found = Arc::new(Found { probe, migration });
         Ok(Process { address_space, space, found })
     }
@@ -198,6 +208,12 @@ impl Process {
     /// Why they cannot, and what would have to be different.
     pub fn migration(&self) -> Result<(), NoMigration> {
         self.found.migration
+    }
+
+    /// Returns what the announcements of changes cover, where they were [asked
+    /// for](Options::announced).
+    pub fn coverage(&self) -> Option<Coverage> {
+        self.space.coverage()
     }
 
     /// Returns what was found when the process attached: every feature of the kernel's that is used

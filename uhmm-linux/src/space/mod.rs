@@ -52,10 +52,10 @@ mod state;
 mod take;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
-use mmu_notifier::{Event, EventKind, Owner, Subscriptions};
+use mmu_notifier::{Event, EventKind, Owner, RangeInvalidation, Subscriptions};
 use rustix::io::Errno;
 use uhmm::backend::{Backend, Isolation, Select};
 use uhmm::{
@@ -70,6 +70,7 @@ use pool::{Pool, PoolBlock};
 use serve::Servers;
 use state::State;
 
+use crate::announce::{self, Coverage, NoAnnouncement};
 use crate::mutant::mutant;
 use crate::sys::region::{Region, RegionOptions};
 use crate::sys::sentinel::Sentinel;
@@ -113,6 +114,8 @@ pub(crate) struct Space {
     /// How often objects had been loaded when what the loader keeps was reserved.
     loaded: AtomicU64,
     this: Weak<Space>,
+    /// What is announced before it is done.
+    coverage: OnceLock<Coverage>,
     pub(crate) counters: Counters,
 }
 
@@ -239,6 +242,7 @@ impl Space {
             max_registrations: parts.max_registrations,
             loaded: AtomicU64::new(u64::MAX),
             this: Weak::clone(this),
+            coverage: OnceLock::new(),
             counters: Counters::default(),
         });
         space.reserve_loader();
@@ -250,6 +254,29 @@ impl Space {
         space.watch_forks()?;
         space.start_guardian()?;
         Ok(space)
+    }
+
+    /// Has the program's changes announced from now on.
+    pub(crate) fn begin_announcements(&self) -> Result<(), NoAnnouncement> {
+        let coverage = announce::announce_to(&self.this())?;
+        self.coverage.get_or_init(|| coverage);
+        Ok(())
+    }
+
+    /// Returns what is announced before it is done.
+    pub(crate) fn coverage(&self) -> Option<Coverage> {
+        self.coverage.get().copied()
+    }
+
+    /// Announces a change that the program is about to make.
+    pub(crate) fn announce(&self, kind: EventKind, range: PageRange) -> RangeInvalidation<'_> {
+        self.notifiers.invalidate_range_start(Event::new(kind, range.va_range()))
+    }
+
+    /// Announces a change that nobody can be interested in, so that everything that a thread needs for
+    /// it has been made.
+    pub(crate) fn try_announcement(&self) {
+        drop(self.announce(EventKind::Clear, self.unreadable.range()));
     }
 
     /// Returns what the program's changes have met.
@@ -468,7 +495,7 @@ const MIN_STAGING: usize = 16 << 20;
 
 /// Ends the process: threads sleep for pages that nobody can bring any more, and to let them read
 /// zeroes would be worse.
-fn fatal(what: &str, error: Errno) -> ! {
+pub(crate) fn fatal(what: &str, error: Errno) -> ! {
     crate::sys::thread::tell(&format!(
         "uhmm: {what}: {error}. Pages of this process cannot be brought home: it ends here.\n"
     ));
@@ -485,7 +512,10 @@ impl Backend for Space {
     }
 
     fn coherence(&self) -> Coherence {
-        Coherence::Observed
+        match self.coverage.get() {
+            Some(_) => Coherence::Announced,
+            None => Coherence::Observed,
+        }
     }
 
     fn memory(&self) -> Arc<dyn SystemMemory> {

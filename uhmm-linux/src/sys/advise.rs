@@ -25,6 +25,7 @@ use rustix::mm::Advice;
 use uhmm::PageRange;
 
 use super::abi::len_of;
+use super::gate;
 
 /// Faults every page of `range` in as a load would (5.14).
 ///
@@ -132,7 +133,7 @@ fn advise(range: PageRange, advice: Advice) -> Result<(), Errno> {
     };
     let start = ptr::with_exposed_provenance_mut::<c_void>(range.address() as usize);
     // SAFETY: see the head of `sys`. Of all advice here only `dontneed` changes what is read.
-    unsafe { rustix::mm::madvise(start, len, advice) }
+    unsafe { gate::madvise(start, len, advice as i32) }
 }
 
 #[cfg(test)]

@@ -21,6 +21,9 @@
 //! | [`pidfd`] | pidfd_open(2) | 5.3 |
 //! | [`sentinel`] | userfaultfd(2)'s events of forks, in the order of addresses | 4.11 |
 //! | [`allocator`] | memory that never moves, for the global allocator | any |
+//! | [`seccomp`] | user notification that no signal interrupts | 5.19, optional |
+//! | [`proxy`] | pidfd_getfd(2) of a thread, kcmp(2) | 6.9, optional |
+//! | [`gate`], [`keeper`] | a system call that no filter stops; a process that outlives this | any |
 //! | [`region`], [`thread`], [`objects`], [`loader`], [`fork`] | memory, threads, objects, fork | any |
 //! | [`probe`] | what of all this is to be had | any |
 //!
@@ -56,6 +59,8 @@ mod abi;
 pub(crate) mod advise;
 pub(crate) mod allocator;
 pub(crate) mod fork;
+pub(crate) mod gate;
+pub(crate) mod keeper;
 pub(crate) mod loader;
 pub(crate) mod maps;
 pub(crate) mod objects;
@@ -63,7 +68,9 @@ pub(crate) mod pagemap;
 pub(crate) mod pidfd;
 pub(crate) mod probe;
 pub(crate) mod process_vm;
+pub(crate) mod proxy;
 pub(crate) mod region;
+pub(crate) mod seccomp;
 pub(crate) mod sentinel;
 pub(crate) mod thread;
 pub(crate) mod userfaultfd;

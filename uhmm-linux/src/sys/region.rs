@@ -15,10 +15,11 @@ use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 use uhmm::{Order, PAGE_SIZE, Page, PageRange};
 
 use super::fork::ForkMark;
+use super::gate;
 
 /// The bytes of a word, the unit of every access.
 const WORD: usize = size_of::<u64>();
@@ -144,10 +145,10 @@ impl Region {
 
     /// Makes the bytes up to `to` accessible, of which those up to `from` are.
     fn open_up_to(&self, from: usize, to: usize) -> Result<(), Errno> {
-        let access = MprotectFlags::READ | MprotectFlags::WRITE;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
         let start = self.base.as_ptr().wrapping_add(from).cast::<c_void>();
         // SAFETY: the mapping is ours (invariant 1), and nobody relies on it to be inaccessible.
-        unsafe { rustix::mm::mprotect(start, to - from, access) }?;
+        unsafe { gate::mprotect(start, to - from, access) }?;
         // INVARIANT: 1: made so just now. Release: see `reach`.
         self.accessible.store(to, Ordering::Release);
         Ok(())
@@ -293,7 +294,7 @@ impl Region {
         let start =
             self.base.as_ptr().wrapping_add((range.address() - self.range().address()) as usize);
         // SAFETY: the pages are ours (invariant 1) and hold nothing but numbers.
-        match unsafe { rustix::mm::madvise(start.cast(), bytes, Advice::LinuxDontNeed) } {
+        match unsafe { gate::madvise(start.cast(), bytes, libc::MADV_DONTNEED) } {
             // SAFETY: as above.
             Err(Errno::INVAL) => unsafe { dontneed_locked(start.cast(), bytes) },
             done => done,
@@ -370,13 +371,7 @@ impl Region {
 unsafe fn dontneed_locked(start: *mut c_void, bytes: usize) -> Result<(), Errno> {
     const MADV_DONTNEED_LOCKED: i32 = 24;
     // SAFETY: the caller's contract.
-    match unsafe { libc::madvise(start, bytes, MADV_DONTNEED_LOCKED) } {
-        0 => Ok(()),
-        _ => {
-            let error = std::io::Error::last_os_error();
-            Err(Errno::from_io_error(&error).unwrap_or(Errno::INVAL))
-        }
-    }
+    unsafe { gate::madvise(start, bytes, MADV_DONTNEED_LOCKED) }
 }
 
 impl Drop for Region {
@@ -419,7 +414,7 @@ unsafe fn unmap(start: *mut c_void, bytes: usize) {
         return;
     }
     // SAFETY: the caller's contract.
-    let unmapped = unsafe { rustix::mm::munmap(start, bytes) };
+    let unmapped = unsafe { gate::munmap(start, bytes) };
     // The whole of a mapping can always be unmapped. Cutting one at its ends needs no new one, and
     // only an ancient kernel would say `ENOMEM`; the memory then stays, untouched.
     debug_assert_eq!(unmapped, Ok(()), "munmap of memory of our own");

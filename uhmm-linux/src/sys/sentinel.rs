@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 use uhmm::{PAGE_SIZE, Page};
 
+use super::gate;
 use super::userfaultfd::{Faults, Features, Messages, Modes, Userfaultfd};
 
 /// How large address spaces are, in bits: those that processors of today give to programs.
@@ -119,7 +120,7 @@ impl Drop for Sentinel {
     fn drop(&mut self) {
         let at = pointer(self.page.address());
         // SAFETY: the page is ours (invariant 1), and nobody accesses it.
-        let unmapped = unsafe { rustix::mm::munmap(at, PAGE_SIZE) };
+        let unmapped = unsafe { gate::munmap(at, PAGE_SIZE) };
         debug_assert_eq!(unmapped, Ok(()), "munmap of a page of our own");
     }
 }
@@ -138,7 +139,7 @@ fn map_highest() -> Result<Page, Errno> {
                 // A kernel before 4.17 takes the address for a wish; uffd is older, MOVE is not.
                 Ok(mapped) => {
                     // SAFETY: it was mapped just now, and nobody knows of it.
-                    let _ = unsafe { rustix::mm::munmap(mapped, PAGE_SIZE) };
+                    let _ = unsafe { gate::munmap(mapped, PAGE_SIZE) };
                     result = Err(Errno::EXIST);
                 }
                 Err(error @ Errno::EXIST) => result = Err(error),

@@ -119,9 +119,15 @@ pub(crate) fn map(range: PageRange, backing: Backing<'_>, rights: ProtFlags) -> 
 /// Unmaps `range`.
 #[track_caller]
 pub(crate) fn unmap(range: PageRange) {
+    try_unmap(range).expect("pages of tests can be unmapped");
+}
+
+/// Unmaps `range`, if that can be.
+#[track_caller]
+pub(crate) fn try_unmap(range: PageRange) -> Result<(), Errno> {
     let (at, bytes) = own(range);
     // SAFETY: as for `map`.
-    unsafe { rustix::mm::munmap(at, bytes) }.expect("pages of tests can be unmapped");
+    unsafe { rustix::mm::munmap(at, bytes) }
 }
 
 /// Changes what the mappings of `range` allow.

@@ -16,7 +16,7 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+use rustix::mm::{MapFlags, ProtFlags};
 use uhmm::{PAGE_SIZE, PageRange};
 
 use super::classes::{ALL, CLASSES, class_for};
@@ -24,6 +24,7 @@ use super::corrupted;
 use super::objects::{Object, Objects, Shard};
 use super::runs::{Run, Runs, SPAN_BYTES, Summary};
 use super::spans::{ClassSpans, Span, Spans, Use};
+use crate::sys::gate;
 
 /// How many spans are made accessible at once: 4 MiB.
 const STEP_SPANS: u32 = 64;
@@ -318,7 +319,7 @@ impl Arena {
         self.runs().give_back(first, spans, || {
             // It fails where the program has locked its memory, which then keeps what it holds.
             // SAFETY: the spans are the caller's, who has no use for what they hold.
-            unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxDontNeed) }.is_ok()
+            unsafe { gate::madvise(start, bytes, libc::MADV_DONTNEED) }.is_ok()
         });
     }
 
@@ -409,9 +410,9 @@ fn spans_of(bytes: usize) -> u32 {
 ///
 /// They are within an arena.
 unsafe fn allow(start: *mut c_void, bytes: usize) -> Result<(), Errno> {
-    let access = MprotectFlags::READ | MprotectFlags::WRITE;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: the caller's contract: nobody relies on memory of an arena being inaccessible.
-    unsafe { rustix::mm::mprotect(start, bytes.next_multiple_of(PAGE_SIZE), access) }
+    unsafe { gate::mprotect(start, bytes.next_multiple_of(PAGE_SIZE), access) }
 }
 
 /// Unmaps `bytes` bytes from `start`; nothing where `bytes` is 0.
@@ -424,5 +425,5 @@ unsafe fn unmap(start: *mut c_void, bytes: usize) -> Result<(), Errno> {
         return Ok(());
     }
     // SAFETY: the caller's contract.
-    unsafe { rustix::mm::munmap(start, bytes) }
+    unsafe { gate::munmap(start, bytes) }
 }
