@@ -2,7 +2,7 @@
 //!
 //! Before `main` the standard library ignores `SIGPIPE` and opens `/dev/null` where one of the
 //! first three descriptors is closed; for a program that it starts it sets `SIGPIPE` to its default
-//! and unblocks all signals. A supervisor is to pass on what it was given. So [`note`] looks before
+//! and unblocks all signals. A supervisor is to pass on what it was given. So `note` looks before
 //! the standard library does, and [`spawn`] puts that back between `fork` and `execve`.
 
 use core::mem::MaybeUninit;
