@@ -61,8 +61,19 @@ pub(crate) struct Running {
 impl Running {
     /// Starts it, with pipes to write to and read from, in a process group of its own, as a shell
     /// starts a job. The standard error output is that of the test.
+    /// Signals that this test was started to ignore, as jobs in the background are, are not ignored.
     pub(crate) fn start(command: &mut Command) -> Running {
         let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
+        let heed = || {
+            for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGTSTP]
+            {
+                // SAFETY: may be called between fork and exec, and the action needs no handler.
+                unsafe { libc::signal(signal, libc::SIG_DFL) };
+            }
+            Ok(())
+        };
+        // SAFETY: the closure makes system calls alone.
+        let command = unsafe { command.pre_exec(heed) };
         let mut child = command.spawn().expect("it starts");
         let mut out = BufReader::new(child.stdout.take().expect("it is piped"));
         let (line, lines) = mpsc::channel();
