@@ -61,7 +61,7 @@ fn pages_are_what_they_were_while_they_are_moved() {
         ended.into_iter().for_each(|ended| ended.expect("no page was damaged"));
         compactor.join().expect("no panic")
     });
-    assert!(moved > 500, "{moved} pages were moved, which is too few to test anything");
+    assert!(moved > 20, "{moved} pages were moved, which is too few to test anything");
     store.check().expect("the statistics are right");
     assert_eq!((store.statistics().pages(), store.statistics().taken_bytes), (0, 0));
 }
