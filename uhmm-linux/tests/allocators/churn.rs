@@ -51,9 +51,9 @@ pub(crate) fn churn() {
     let (moved, looked) = (moved.into_inner(), looked.into_inner());
     let statistics = process.statistics();
     println!("{looked} allocations, {moved} pages sent away, {statistics:?}");
-    assert!(moved > 1000, "{moved} pages were sent away");
+    assert!(moved > 200, "{moved} pages were sent away");
     assert!(statistics.faults > 100, "{statistics:?}");
-    assert!(looked > 1000, "{looked} allocations");
+    assert!(looked > 200, "{looked} allocations");
 }
 
 /// Sends to a device what is allocated at the moment, as far as it goes.
