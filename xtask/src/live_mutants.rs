@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 
-use crate::mutants::{Mutant, check_consistency, names_in_source, read_table};
-use crate::step::{CommandLine, Failure, Outcome, failed, root, target_dir};
+use crate::mutants::{Mutant, read_table, select};
+use crate::step::{CommandLine, Failure, Outcome, failed, target_dir};
 
 /// Where the mutants are listed, and where they are, from the repository root.
 const TABLE: &str = "uhmm-linux/tests/mutants.txt";
@@ -43,18 +43,12 @@ pub(crate) fn list() -> Result<(), Failure> {
 
 /// Runs the mutants in `names`, or all if there are none, and fails if one survives.
 pub(crate) fn run(names: &[String]) -> Result<(), Failure> {
-    let table = read_table(TABLE)?;
-    check_consistency(&table, &names_in_source(&root().join(SOURCE))?, TABLE, SOURCE)?;
-    if let Some(unknown) = names.iter().find(|name| table.iter().all(|m| m.name != **name)) {
-        return failed(format!("no mutant is called `{unknown}`; `--list` shows them all"));
-    }
-    let wanted = |mutant: &&Mutant| names.is_empty() || names.contains(&mutant.name);
-    let wanted: Vec<&Mutant> = table.iter().filter(wanted).collect();
+    let wanted = select(TABLE, SOURCE, names)?;
     let binaries = build(&wanted)?;
     let line = |mutant: &Mutant| test_line(&binaries, test_of(mutant));
     let mut passed: Vec<String> = Vec::new();
     let mut survivors = Vec::new();
-    for mutant in wanted {
+    for mutant in &wanted {
         let line = line(mutant)?;
         // What is checked against a mutant must hold without one, or the failure shows nothing.
         if !passed.contains(&line.to_string()) {
@@ -110,7 +104,7 @@ fn test_of(mutant: &Mutant) -> &str {
 }
 
 /// Builds the tests that are wanted, and returns the path of each binary by its name.
-fn build(wanted: &[&Mutant]) -> Result<BTreeMap<String, String>, Failure> {
+fn build(wanted: &[Mutant]) -> Result<BTreeMap<String, String>, Failure> {
     let binaries: BTreeSet<&str> =
         wanted.iter().filter_map(|mutant| Some(test_of(mutant).split_once("::")?.0)).collect();
     let targets = binaries.into_iter().map(|binary| match binary {

@@ -71,13 +71,7 @@ pub(crate) fn list() -> Result<(), Failure> {
 
 /// Runs the mutants in `names`, or all if there are none, and fails if one survives.
 pub(crate) fn run(names: &[String]) -> Result<(), Failure> {
-    let table = read_table(TABLE)?;
-    check_consistency(&table, &names_in_source(&root().join(SOURCE))?, TABLE, SOURCE)?;
-    if let Some(unknown) = names.iter().find(|name| table.iter().all(|m| m.name != **name)) {
-        return failed(format!("no mutant is called `{unknown}`; `--list` shows them all"));
-    }
-    let wanted = |mutant: &&Mutant| names.is_empty() || names.contains(&mutant.name);
-    let wanted: Vec<&Mutant> = table.iter().filter(wanted).collect();
+    let wanted = select(TABLE, SOURCE, names)?;
     let models: BTreeSet<&str> = wanted.iter().filter_map(|mutant| mutant.model()).collect();
 
     // What is checked against a mutant must hold without one, or the failure shows nothing.
@@ -216,10 +210,22 @@ fn is_error_code(word: &str) -> bool {
     digits.len() == 4 && digits.chars().all(|c| c.is_ascii_digit())
 }
 
+/// Reads a table that agrees with the source in `folder`, and returns the mutants in `names`, or all
+/// if there are none.
+pub(crate) fn select(table: &str, folder: &str, names: &[String]) -> Result<Vec<Mutant>, Failure> {
+    let mut mutants = read_table(table)?;
+    check_consistency(&mutants, &names_in_source(&root().join(folder))?, table, folder)?;
+    if let Some(unknown) = names.iter().find(|name| mutants.iter().all(|m| m.name != **name)) {
+        return failed(format!("no mutant is called `{unknown}`; `--list` shows them all"));
+    }
+    mutants.retain(|mutant| names.is_empty() || names.contains(&mutant.name));
+    Ok(mutants)
+}
+
 // The table against the source.
 
 /// Fails unless the table and the source name the same mutants.
-pub(crate) fn check_consistency(
+fn check_consistency(
     mutants: &[Mutant],
     source: &BTreeSet<String>,
     table: &str,
@@ -242,7 +248,7 @@ pub(crate) fn check_consistency(
 }
 
 /// The names of all mutants in the Rust files under `folder`.
-pub(crate) fn names_in_source(folder: &Path) -> Result<BTreeSet<String>, Failure> {
+fn names_in_source(folder: &Path) -> Result<BTreeSet<String>, Failure> {
     let unreadable = |error| Failure::Failed(format!("cannot read {}: {error}", folder.display()));
     let mut names = BTreeSet::new();
     for entry in fs::read_dir(folder).map_err(unreadable)? {
