@@ -146,3 +146,21 @@ fn a_monitor_calls_its_function_before_what_it_watches_goes() {
         assert!(told.iter().all(|&(what, _)| what == unmapped(2) || what == unmapped(5)));
     });
 }
+
+/// Executors outlive the attachment, and keep nothing of it.
+#[test]
+fn detaching_gives_back_what_was_reserved() {
+    in_own_process(|| {
+        let reserved = || {
+            let text = std::fs::read_to_string("/proc/self/statm").expect("proc is mounted");
+            text.split(' ').next().and_then(|pages| pages.parse::<u64>().ok()).expect("a number")
+        };
+        let before = reserved();
+        let process = attach_with(Options::new().announced(true).staging_bytes(1 << 30));
+        // Staging and buffers, each as large.
+        let large = before + 2 * (1 << 30) / 4096;
+        assert!(reserved() >= large);
+        drop(process);
+        assert!(common::eventually(|| reserved() < large), "it is still reserved");
+    });
+}

@@ -44,7 +44,7 @@ pub(crate) mod table;
 
 use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use rustix::io::Errno;
 use smallvec::SmallVec;
@@ -160,9 +160,9 @@ impl Coverage {
 struct Announcer {
     mark: ForkMark,
     /// Whom to announce to, while the process is attached.
-    space: RwLock<Weak<Space>>,
+    space: Mutex<Weak<Space>>,
     /// The descriptor of the listener, as executors know it.
-    listener: RwLock<Arc<Listener>>,
+    listener: Mutex<Arc<Listener>>,
     /// Who has one that nobody closes: the thread, and its number there.
     source: (u32, RawFd),
     relay: Relay,
@@ -191,8 +191,7 @@ pub(crate) fn announce_to(space: &Arc<Space>) -> Result<Coverage, NoAnnouncement
         Some(announcer) => announcer,
         None => start(space)?,
     };
-    *announcer.space.write().unwrap_or_else(|poisoned| poisoned.into_inner()) =
-        Arc::downgrade(space);
+    *lock(&announcer.space) = Arc::downgrade(space);
     drop(making);
     Ok(Coverage::FULL)
 }
@@ -208,7 +207,7 @@ fn start(space: &Arc<Space>) -> Result<&'static Announcer, NoAnnouncement> {
         let (begin, told) = channel::<Arc<Board>>();
         let space = Arc::clone(space);
         let (warm, is_warm) = channel();
-        thread::spawn("uhmm-executor", move || execute(index, &space, &warm, &told))
+        thread::spawn("uhmm-executor", move || execute(index, space, &warm, &told))
             .map_err(no_room)?;
         // It ends without a word if it panics, of which it tells itself.
         let _ = is_warm.recv();
@@ -224,8 +223,8 @@ fn start(space: &Arc<Space>) -> Result<&'static Announcer, NoAnnouncement> {
     };
     let announcer = Announcer {
         mark,
-        space: RwLock::new(Weak::new()),
-        listener: RwLock::new(Arc::new(listener)),
+        space: Mutex::new(Weak::new()),
+        listener: Mutex::new(Arc::new(listener)),
         source,
         relay: Relay::default(),
         brk: Mutex::new(()),
@@ -290,9 +289,11 @@ fn install(gate: u64) -> Result<(Listener, Keeper, Arc<Board>), NoAnnouncement> 
 
 /// An executor. It has done everything once that might have to be made for a thread, before there is a
 /// filter that it would stop at.
-fn execute(index: usize, space: &Arc<Space>, warm: &Sender<()>, told: &Receiver<Arc<Board>>) {
+fn execute(index: usize, space: Arc<Space>, warm: &Sender<()>, told: &Receiver<Arc<Board>>) {
     space.reserve_this_thread();
     space.try_announcement();
+    // It lives longer than the process is attached.
+    drop(space);
     let _ = warm.send(());
     // Nothing comes if there is no filter.
     let Ok(board) = told.recv() else { return };
@@ -322,7 +323,7 @@ impl Announcer {
     }
 
     fn listener(&self) -> Arc<Listener> {
-        Arc::clone(&self.listener.read().unwrap_or_else(|poisoned| poisoned.into_inner()))
+        Arc::clone(&lock(&self.listener))
     }
 
     fn reply(&self, id: u64, answer: Answer) {
@@ -342,7 +343,7 @@ impl Announcer {
         if !matches!(error, Errno::BADF | Errno::NOTTY | Errno::INVAL) {
             fatal("the announcements of changes cannot go on", error);
         }
-        let mut current = self.listener.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut current = lock(&self.listener);
         if !Arc::ptr_eq(&current, stale) {
             return;
         }
@@ -363,7 +364,7 @@ impl Announcer {
         if !here {
             return Answer::Continue;
         }
-        let space = self.space.read().unwrap_or_else(|poisoned| poisoned.into_inner()).upgrade();
+        let space = lock(&self.space).upgrade();
         let (Some(space), Some(row)) = (space, table::find(call)) else {
             // Of another kind than the system's own: what it says is not looked at.
             let foreign = call.architecture != NATIVE || table::is_x32(call);
