@@ -7,8 +7,6 @@
 //! have a listener. With `SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP` (6.6), where it is to be had, both sides
 //! wake each other on the processor that they are on.
 
-#![allow(dead_code, reason = "the interface is wrapped whole, and used in part")]
-
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use rustix::io::Errno;
@@ -17,7 +15,6 @@ use rustix::ioctl::{Opcode, opcode};
 const IOC_MAGIC: u8 = b'!';
 pub(super) const NOTIF_RECV: Opcode = opcode::read_write::<Notification>(IOC_MAGIC, 0);
 pub(super) const NOTIF_SEND: Opcode = opcode::read_write::<Response>(IOC_MAGIC, 1);
-const NOTIF_ID_VALID: Opcode = opcode::write::<u64>(IOC_MAGIC, 2);
 const NOTIF_SET_FLAGS: Opcode = opcode::write::<u64>(IOC_MAGIC, 4);
 
 const GET_NOTIF_SIZES: u32 = 3;

@@ -5,8 +5,6 @@
 //! move to a device: [`spawn`] sees to the first, [`stack_of_this_thread`] and
 //! [`tls_of_this_thread`] tell what must stay.
 
-#![allow(dead_code, reason = "where servers run is measured, and not decided here yet")]
-
 use std::io::Write;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
@@ -259,7 +257,8 @@ fn read_of(tid: u32, name: &str, text: &mut [u8]) -> Result<usize, Errno> {
 }
 
 /// Returns the processor that the calling thread runs on, or did a moment ago.
-pub(crate) fn getcpu() -> u32 {
+#[cfg(test)]
+fn getcpu() -> u32 {
     u32::try_from(rustix::thread::sched_getcpu()).expect("processors are numbered by 32 bits")
 }
 

@@ -329,38 +329,65 @@ fn what_was_replaced_while_it_was_away_does_not_come_home() {
     });
 }
 
-/// System V shared memory can be attached in place of what is there, and the kernel tells nobody.
+/// System V shared memory of 8 pages, which can be attached in place of what is there: the kernel
+/// tells nobody. It goes with this.
+struct Segment(i32);
+
+impl Segment {
+    fn new() -> Segment {
+        // SAFETY: takes numbers.
+        let segment = unsafe { libc::shmget(libc::IPC_PRIVATE, 8 * PAGE_SIZE, 0o600) };
+        assert!(segment >= 0, "{}", std::io::Error::last_os_error());
+        Segment(segment)
+    }
+
+    fn attach_over(&self, mapping: &Mapping) {
+        let at = pointer(mapping.word(0));
+        // SAFETY: in place of a mapping of the test.
+        let attached = unsafe { libc::shmat(self.0, at, libc::SHM_REMAP) };
+        assert_eq!(attached, at, "{}", std::io::Error::last_os_error());
+    }
+
+    fn detach(&self, mapping: &Mapping) {
+        // SAFETY: attached there.
+        assert_eq!(unsafe { libc::shmdt(pointer(mapping.word(0))) }, 0);
+    }
+}
+
+impl Drop for Segment {
+    fn drop(&mut self) {
+        // SAFETY: it is this one's.
+        unsafe { libc::shmctl(self.0, libc::IPC_RMID, std::ptr::null_mut()) };
+    }
+}
+
+/// Maps what is a mapping like any other.
+fn assert_fresh(process: &Process, memory: &Arc<DevicePagemap>, mapping: &Mapping) {
+    map(mapping.range(), Backing::Anonymous, RW).expect("it can be mapped");
+    mapping.range().iter().for_each(assert_blank);
+    fill(mapping);
+    for _ in 0..3 {
+        process.migrate(mapping.range(), memory).run();
+        assert_all_whole(mapping);
+    }
+}
+
 #[test]
 fn what_was_replaced_unseen_does_not_come_home() {
     in_own_process(|| {
-        // SAFETY: takes numbers; the segment goes when nobody has it attached.
-        let segment = unsafe { libc::shmget(libc::IPC_PRIVATE, 8 * PAGE_SIZE, 0o600) };
-        assert!(segment >= 0, "{}", std::io::Error::last_os_error());
+        let segment = Segment::new();
         with_both(64, |process, memory| {
             let mapping = Mapping::anonymous(8);
             fill(&mapping);
             send_out(process, mapping.range(), memory);
-            let at = pointer(mapping.word(0));
-            // SAFETY: in place of a mapping of the test.
-            let attached = unsafe { libc::shmat(segment, at, libc::SHM_REMAP) };
-            assert_eq!(attached, at, "{}", std::io::Error::last_os_error());
+            segment.attach_over(&mapping);
             mapping.range().iter().for_each(assert_blank);
             assert_eq!(process.migrate_home(mapping.range()).stayed, []);
             mapping.range().iter().for_each(assert_blank);
             assert_used(memory, 0);
-            // SAFETY: attached above.
-            assert_eq!(unsafe { libc::shmdt(at) }, 0);
-            // What comes there next is a mapping like any other.
-            map(mapping.range(), Backing::Anonymous, RW).expect("it can be mapped");
-            mapping.range().iter().for_each(assert_blank);
-            fill(&mapping);
-            for _ in 0..3 {
-                process.migrate(mapping.range(), memory).run();
-                assert_all_whole(&mapping);
-            }
+            segment.detach(&mapping);
+            assert_fresh(process, memory, &mapping);
         });
-        // SAFETY: as above.
-        unsafe { libc::shmctl(segment, libc::IPC_RMID, std::ptr::null_mut()) };
     });
 }
 
@@ -368,28 +395,14 @@ fn what_was_replaced_unseen_does_not_come_home() {
 #[test]
 fn what_was_replaced_unseen_and_is_gone_does_not_come_home() {
     in_own_process(|| {
-        // SAFETY: as above.
-        let segment = unsafe { libc::shmget(libc::IPC_PRIVATE, 8 * PAGE_SIZE, 0o600) };
-        assert!(segment >= 0, "{}", std::io::Error::last_os_error());
+        let segment = Segment::new();
         with_both(64, |process, memory| {
             let mapping = Mapping::anonymous(8);
             fill(&mapping);
             send_out(process, mapping.range(), memory);
-            let at = pointer(mapping.word(0));
-            // SAFETY: in place of a mapping of the test.
-            let attached = unsafe { libc::shmat(segment, at, libc::SHM_REMAP) };
-            assert_eq!(attached, at, "{}", std::io::Error::last_os_error());
-            // SAFETY: attached above.
-            assert_eq!(unsafe { libc::shmdt(at) }, 0);
-            map(mapping.range(), Backing::Anonymous, RW).expect("it can be mapped");
-            mapping.range().iter().for_each(assert_blank);
-            fill(&mapping);
-            for _ in 0..3 {
-                process.migrate(mapping.range(), memory).run();
-                assert_all_whole(&mapping);
-            }
+            segment.attach_over(&mapping);
+            segment.detach(&mapping);
+            assert_fresh(process, memory, &mapping);
         });
-        // SAFETY: as above.
-        unsafe { libc::shmctl(segment, libc::IPC_RMID, std::ptr::null_mut()) };
     });
 }
