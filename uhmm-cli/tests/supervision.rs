@@ -275,7 +275,8 @@ fn a_terminal_interrupts_the_program_and_not_uhmm() {
     }
     let uhmm = env!("CARGO_BIN_EXE_uhmm");
     let inner = "trap \"echo interrupted\" INT; echo rea\"\"dy; read line; echo got $line; exit 5";
-    let command = format!("{uhmm} run --progress=never -- bash -c '{inner}'");
+    // script(1) gives it to a shell, which the interrupt would end.
+    let command = format!("exec {uhmm} run --progress=never -- bash -c '{inner}'");
     let Some(mut running) = on_a_terminal(&command) else { return };
     read_until(&mut running, "ready");
     // ^C, to the foreground: bash runs its trap, and goes on to read.
@@ -293,7 +294,7 @@ fn a_shell_stops_the_job_and_lets_it_go_on() {
     if !allowed() {
         return;
     }
-    let Some(mut running) = on_a_terminal("env PS1= PS2= TERM=dumb bash --norc --noprofile -i")
+    let Some(mut running) = on_a_terminal("exec env PS1= PS2= TERM=dumb bash --norc --noprofile -i")
     else {
         return;
     };
