@@ -294,7 +294,8 @@ fn a_shell_stops_the_job_and_lets_it_go_on() {
     if !allowed() {
         return;
     }
-    let Some(mut running) = on_a_terminal("exec env PS1= PS2= TERM=dumb bash --norc --noprofile -i")
+    let Some(mut running) =
+        on_a_terminal("exec env PS1= PS2= TERM=dumb bash --norc --noprofile -i")
     else {
         return;
     };
