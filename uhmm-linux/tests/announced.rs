@@ -1,11 +1,14 @@
 //! Changes that are announced before they are made (`Options::announced`), on a live process.
 
 mod common;
+mod kernel;
 
 #[path = "announced/calls.rs"]
 mod calls;
 #[path = "announced/outlive.rs"]
 mod outlive;
+#[path = "announced/read_only.rs"]
+mod read_only;
 #[path = "announced/stale.rs"]
 mod stale;
 

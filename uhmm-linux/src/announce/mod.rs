@@ -381,11 +381,13 @@ impl Announcer {
         };
         let announced: SmallVec<[_; 2]> =
             change.ranges.iter().map(|&range| space.announce(change.kind, range)).collect();
+        // After the announcement: what keeps a change waiting may itself be announcing.
+        let turn = space.turns.change(&change.ranges);
         let answer = match change.by_thread {
             true => Answer::Continue,
             false => Answer::Made(proxy::make(i64::from(call.number), change.arguments)),
         };
-        drop(announced);
+        drop((turn, announced));
         answer
     }
 }

@@ -88,6 +88,14 @@ impl ProcessIsolation {
         }
     }
 
+    /// Forgets which parts of the range stay for `reason`, and returns them: they are looked at again.
+    pub(super) fn withdraw(&mut self, reason: StayReason) -> SmallVec<[PageRange; 2]> {
+        let withdrawn = self.stayed.iter().filter(|stayed| stayed.reason == reason);
+        let withdrawn = withdrawn.map(|stayed| stayed.pages).collect();
+        self.stayed.retain(|stayed| stayed.reason != reason);
+        withdrawn
+    }
+
     /// Takes a block that has just left the page table, or was never in it.
     pub(super) fn take(&mut self, state: &mut State, page: Page, order: Order, contents: Contents) {
         let token = self.enter_transit(state, page, order);

@@ -22,9 +22,10 @@
 //!
 //! Contents are in one place at each instant: in the page table, in a block of staging or of
 //! buffers, or in a block of a device; and the extent in the state owns, or leads to, that block. A
-//! page leaves the page table by `UFFDIO_MOVE` alone, which is atomic against the CPUs, and
+//! page leaves the page table by `UFFDIO_MOVE`, which is atomic against the CPUs, and
 //! under the lock, with no event unread, so that it is the page of the mapping that the state
-//! speaks of. It comes back by `UFFDIO_MOVE` or `UFFDIO_COPY`, which fill holes and never
+//! speaks of. (What may only be read takes another way, where changes are announced:
+//! [`read_only`].) It comes back by `UFFDIO_MOVE` or `UFFDIO_COPY`, which fill holes and never
 //! overwrite. A page that cannot be put back for want of memory is parked in ours.
 
 mod bits;
@@ -43,6 +44,7 @@ pub(crate) mod kernel;
 mod memory;
 mod placement;
 mod pool;
+mod read_only;
 mod registration;
 mod reserved;
 mod residency;
@@ -50,6 +52,7 @@ mod serve;
 mod snapshot;
 mod state;
 mod take;
+pub(crate) mod turns;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak};
@@ -69,6 +72,7 @@ use memory::ProcessMemory;
 use pool::{Pool, PoolBlock};
 use serve::Servers;
 use state::State;
+use turns::Turns;
 
 use crate::announce::{self, Coverage, NoAnnouncement};
 use crate::mutant::mutant;
@@ -116,6 +120,8 @@ pub(crate) struct Space {
     this: Weak<Space>,
     /// What is announced before it is done.
     coverage: OnceLock<Coverage>,
+    /// Which announced changes are being made.
+    pub(crate) turns: Turns,
     pub(crate) counters: Counters,
 }
 
@@ -175,6 +181,8 @@ counters! {
     refused,
     /// Pages dropped since the program put something else in their place.
     replaced,
+    /// Pages that may only be read, and went back since they were pinned.
+    given_back,
 }
 
 pub(crate) fn count(counter: &AtomicU64, by: u64) {
@@ -243,6 +251,7 @@ impl Space {
             loaded: AtomicU64::new(u64::MAX),
             this: Weak::clone(this),
             coverage: OnceLock::new(),
+            turns: Turns::default(),
             counters: Counters::default(),
         });
         space.reserve_loader();
@@ -392,6 +401,9 @@ impl Space {
         let mut found = false;
         while let Some(message) = state.messages.take() {
             found = true;
+            if state.is_of_our_making(&message) {
+                continue;
+            }
             if let Message::Fork(child) = message {
                 count(&self.counters.events, 1);
                 self.adopt_child(state, child);

@@ -120,6 +120,15 @@ pub(super) struct IsolationState {
     pub(super) awaited: bool,
 }
 
+/// A change to mappings that we make ourselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OfOurMaking {
+    /// Pages are put aside.
+    Remap { from: PageRange, to: Page },
+    /// What is there is replaced by pages that come back.
+    Unmap(PageRange),
+}
+
 /// How many blocks were out when the program changed their mappings.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Overtaken {
@@ -205,6 +214,8 @@ pub(super) struct State {
     pub(super) superseded: RangeSet<u64>,
     /// What such events said. To be decided when no event is under way.
     pub(super) disputed: Vec<PageRange>,
+    /// What events are going to say of calls of our own, which change nothing for anybody.
+    pub(super) of_our_making: Vec<OfOurMaking>,
     /// How many events have been applied.
     pub(super) epoch: u64,
     /// What they have met.
@@ -262,6 +273,7 @@ impl State {
             messages: Messages::new(),
             superseded: RangeSet::new(),
             disputed: Vec::new(),
+            of_our_making: Vec::new(),
             epoch: 0,
             overtaken: Overtaken::default(),
             forking: 0,
@@ -488,6 +500,20 @@ impl State {
         let parts = self.parts.get(&of).map_or(&[][..], |parts| &parts[..]);
         let from = parts.partition_point(|&(offset, _)| offset < from);
         parts[from..].iter().map(|&(offset, first)| (first, self.out[&first].order, offset))
+    }
+
+    /// Tells whether a message is of a change that we are making, and if so forgets that one.
+    pub(super) fn is_of_our_making(&mut self, message: &Message) -> bool {
+        let change = match *message {
+            Message::Remap { from, to } => OfOurMaking::Remap { from, to },
+            Message::Unmap(range) => OfOurMaking::Unmap(range),
+            _ => return false,
+        };
+        if mutant!("our_own_changes_are_the_programs") {
+            return false;
+        }
+        let found = self.of_our_making.iter().position(|&expected| expected == change);
+        found.map(|at| self.of_our_making.swap_remove(at)).is_some()
     }
 
     /// Applies a message. Says whether somebody may have to be woken: threads that sleep for pages of

@@ -24,13 +24,13 @@ pub(super) struct Candidate {
 }
 
 /// Pages of a block that was to be taken, and how they came out.
-struct Run {
-    pages: PageRange,
-    fate: Fate,
+pub(super) struct Run {
+    pub(super) pages: PageRange,
+    pub(super) fate: Fate,
 }
 
 #[derive(Clone, Copy)]
-enum Fate {
+pub(super) enum Fate {
     /// They are in the block of staging.
     Moved,
     /// There are none: they are zeroes.
@@ -41,7 +41,7 @@ enum Fate {
 }
 
 /// How often the kernel may put off to move a block before it stays.
-const TRIES: u32 = 1000;
+pub(super) const TRIES: u32 = 1000;
 
 /// How often a range is taken while the program locks all its memory, again and again.
 const TRIES_TO_UNLOCK: u32 = 2;
@@ -56,7 +56,8 @@ impl Space {
         }
         self.reserve_this_thread();
         for _ in 0..TRIES_TO_UNLOCK {
-            let taken = self.take_what_moves(range, to);
+            let mut taken = self.take_what_moves(range, to);
+            self.take_read_only(&mut taken, to);
             self.settle_unless_leading();
             if !self.may_have_met_locked_staging(taken.stayed()) || !self.unlock_staging() {
                 return taken;
@@ -251,16 +252,7 @@ impl Space {
         to: Owner,
         shared: &mut dyn FnMut(Page),
     ) {
-        for (first, extent) in state.overlapping(part) {
-            let pages = first.block(extent.order).intersection(part).expect("they overlap");
-            let reason = match &extent.place {
-                Place::Transit { .. } | Place::Parked(_) => StayReason::InTransit,
-                Place::Device(block) if block.location().owner == to => StayReason::AlreadyThere,
-                Place::Device(_) => StayReason::Elsewhere,
-                Place::Held { .. } => StayReason::Exclusive,
-            };
-            isolation.stay(pages, reason);
-        }
+        report_out(state, isolation, part, to);
         for gap in state.gaps(part) {
             for (first, order) in aligned_blocks(gap) {
                 self.take_block(state, isolation, first, order, shared);
@@ -303,7 +295,7 @@ impl Space {
     }
 
     /// Takes what of a block came out, in as many pieces as that takes.
-    fn take_runs(
+    pub(super) fn take_runs(
         &self,
         state: &mut State,
         isolation: &mut ProcessIsolation,
@@ -453,7 +445,7 @@ impl Space {
     }
 
     /// Says why the kernel could not move a page that it may move.
-    fn explain_failure(&self, page: Page) -> StayReason {
+    pub(super) fn explain_failure(&self, page: Page) -> StayReason {
         let mut found = Vec::new();
         match self.kernel.scan(page.into(), Categories::GUARD, &mut found) {
             Ok(()) if !found.is_empty() => StayReason::Denied,
@@ -477,7 +469,7 @@ impl Space {
     }
 
     /// Returns the pages from the first of `rest` on that are not there. The first is not.
-    fn absent(&self, rest: PageRange) -> PageRange {
+    pub(super) fn absent(&self, rest: PageRange) -> PageRange {
         if rest.pages() == 1 {
             return rest;
         }
@@ -603,6 +595,25 @@ impl Space {
     }
 }
 
+/// Notes why what of `part` is out already is not taken.
+pub(super) fn report_out(
+    state: &State,
+    isolation: &mut ProcessIsolation,
+    part: PageRange,
+    to: Owner,
+) {
+    for (first, extent) in state.overlapping(part) {
+        let pages = first.block(extent.order).intersection(part).expect("they overlap");
+        let reason = match &extent.place {
+            Place::Transit { .. } | Place::Parked(_) => StayReason::InTransit,
+            Place::Device(block) if block.location().owner == to => StayReason::AlreadyThere,
+            Place::Device(_) => StayReason::Elsewhere,
+            Place::Held { .. } => StayReason::Exclusive,
+        };
+        isolation.stay(pages, reason);
+    }
+}
+
 /// Joins pages in ascending order to ranges.
 fn runs_of(pages: &[Page]) -> impl Iterator<Item = PageRange> {
     let next_to = |a: &Page, b: &Page| a.checked_add(1) == Some(*b);
@@ -619,7 +630,7 @@ fn stay_before(isolation: &mut ProcessIsolation, from: Option<Page>, to: Page) {
 }
 
 /// Tells whether a block that is in transit is where it was, in one piece.
-fn is_whole(state: &State, token: Token, pages: PageRange) -> bool {
+pub(super) fn is_whole(state: &State, token: Token, pages: PageRange) -> bool {
     matches!(state.of_token(token)[..], [(first, order, 0)] if first.block(order) == pages)
 }
 

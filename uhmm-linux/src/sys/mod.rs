@@ -17,6 +17,7 @@
 //! | | the text of `/proc/self/smaps` in its place | 2.6.29 |
 //! | [`advise`] | `MADV_POPULATE_READ` and `MADV_POPULATE_WRITE` | 5.14 |
 //! | | `MADV_WIPEONFORK` | 4.14 |
+//! | [`aside`] | mremap(2) with `MREMAP_DONTUNMAP` | 5.7 |
 //! | [`process_vm`] | process_vm_readv(2) and process_vm_writev(2) | 3.2 |
 //! | [`pidfd`] | pidfd_open(2) | 5.3 |
 //! | [`sentinel`] | userfaultfd(2)'s events of forks, in the order of addresses | 4.11 |
@@ -58,6 +59,7 @@
 mod abi;
 pub(crate) mod advise;
 pub(crate) mod allocator;
+pub(crate) mod aside;
 pub(crate) mod fork;
 pub(crate) mod gate;
 pub(crate) mod keeper;
