@@ -3,13 +3,15 @@
 //! The library is loaded with the program, and its constructor runs before `main`. It does as
 //! little as can be: it looks for a ledger, installs the filter, and starts one thread, the
 //! *keeper*. The program attaches when the keeper finds that it has grown ([`ATTACH_BYTES`]): most
-//! of a shell script's programs never do, and pay for a thread and no more.
+//! of a shell script's programs never do, and pay for a thread and no more. Where the user wants it to
+//! attach at its start, the constructor waits for that, so that all of `main` is managed.
 //!
 //! Nothing here may fail the program. What goes wrong is a remark in the ledger, and the program
 //! runs on as if nobody had asked.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt as _;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -26,6 +28,9 @@ static LEDGER: OnceLock<Ledger> = OnceLock::new();
 /// How long a child of `fork` must live before it is managed: most execute another program at once,
 /// or end.
 const CHILD_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a program may be held up until it is managed, where it is to be from its start.
+const START_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long the keeper of a new program waits before it first looks.
 const PROGRAM_PAUSE: Duration = Duration::from_millis(2);
@@ -54,7 +59,7 @@ fn child() {
     let started = process::start_thread("uhmm-keeper", || {
         std::thread::sleep(CHILD_PAUSE);
         if let Some(slot) = LEDGER.get().and_then(claim) {
-            Keeper::run(Arc::new(slot), Duration::ZERO);
+            Keeper::run(Arc::new(slot), Duration::ZERO, None);
         }
     });
     if let Err(error) = started
@@ -68,8 +73,17 @@ fn child() {
 fn begin(slot: Slot, pause: Duration) {
     let slot = Arc::new(slot);
     let keeper = Arc::clone(&slot);
-    if let Err(error) = process::start_thread("uhmm-keeper", move || Keeper::run(keeper, pause)) {
+    let at_once = slot.ledger().config().attach_at == Some(0);
+    let pause = if at_once { Duration::ZERO } else { pause };
+    let (decided, when_decided) = channel();
+    let run = move || Keeper::run(keeper, pause, at_once.then_some(decided));
+    if let Err(error) = process::start_thread("uhmm-keeper", run) {
         slot.not_managed(&format!("there is no room for a thread ({error})"));
+        return;
+    }
+    // Nothing is ever sent: the other side is dropped.
+    if at_once && when_decided.recv_timeout(START_LIMIT) == Err(RecvTimeoutError::Timeout) {
+        slot.warn("a program began before it was managed: the machine is busy");
     }
 }
 

@@ -45,7 +45,7 @@ use std::sync::atomic::Ordering;
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 
-use self::layout::{Identity, Layout, MAGIC, Phase, VERSION, Word};
+use self::layout::{Identity, Layout, MAGIC, NOT_SAID, Phase, VERSION, Word};
 use crate::edge::mapping::Mapping;
 
 pub use self::layout::{DEVICE_BYTES, SLOTS};
@@ -63,6 +63,11 @@ pub struct Config {
     pub policy: String,
     /// Whether every page is compared with a second copy.
     pub verify: bool,
+    /// Whether what programs do to their mappings is announced before it is done.
+    pub announced: bool,
+    /// How much private memory a process must have before it is managed, in bytes; 0 for at once,
+    /// before `main`. The agent chooses if nobody says.
+    pub attach_at: Option<u64>,
 }
 
 /// The ledger of a tree of processes. Clones are of the same.
@@ -157,6 +162,9 @@ pub struct Totals {
     /// The most that was at home and away together, in bytes, as
     /// [`take_stock`](Ledger::take_stock) saw it: what the tree would have needed.
     pub demand_peak: u64,
+    /// The most that was at home while the tree was warm, in bytes: from when it was first brought
+    /// within its budget, except from when a process joins or forks until it is brought so again.
+    pub warm_peak: u64,
     /// What there was when the most was away that [`take_stock`](Ledger::take_stock) saw, without
     /// the number of processes.
     pub most_away: Stock,
@@ -203,6 +211,8 @@ impl Ledger {
         layout.pid_namespace.store(proc::pid_namespace()?, Ordering::Relaxed);
         layout.budget.store(config.budget, Ordering::Relaxed);
         layout.verify.store(u64::from(config.verify), Ordering::Relaxed);
+        layout.announced.store(u64::from(config.announced), Ordering::Relaxed);
+        layout.attach_at.store(config.attach_at.unwrap_or(NOT_SAID), Ordering::Relaxed);
         layout.device.write(config.device.as_bytes());
         layout.policy.write(config.policy.as_bytes());
         layout.version.store(VERSION, Ordering::Relaxed);
@@ -252,6 +262,11 @@ impl Ledger {
         Ok(Ledger { shared: Arc::new(Shared { layout, file: None }) })
     }
 
+    /// Returns the budget, in bytes.
+    pub(crate) fn config_budget(&self) -> u64 {
+        self.layout().budget.load(Ordering::Relaxed)
+    }
+
     /// Returns what the supervisor wants.
     pub fn config(&self) -> Config {
         let layout = self.layout();
@@ -260,6 +275,8 @@ impl Ledger {
             device: OsString::from_vec(layout.device.read()),
             policy: String::from_utf8_lossy(&layout.policy.read()).into_owned(),
             verify: layout.verify.load(Ordering::Relaxed) != 0,
+            announced: layout.announced.load(Ordering::Relaxed) != 0,
+            attach_at: Some(layout.attach_at.load(Ordering::Relaxed)).filter(|&at| at != NOT_SAID),
         }
     }
 
@@ -341,6 +358,7 @@ impl Ledger {
             }
             slot.record.retire_into(&self.layout().totals);
             slot.reason.store(0, Ordering::Relaxed);
+            slot.promised.store(0, Ordering::Relaxed);
             slot.name.write(b"");
             // Release: who takes the slot (Acquire in `take_free`) finds it empty.
             slot.word.store(Word::FREE.0, Ordering::Release);
@@ -418,6 +436,30 @@ impl Ledger {
         }
         let demand = gauges[Gauge::Resident as usize].saturating_add(away);
         layout.demand_peak.fetch_max(demand, Ordering::Relaxed);
+        if layout.warm.load(Ordering::Relaxed) != 0 {
+            let resident = gauges[Gauge::Resident as usize];
+            layout.warm_peak.fetch_max(resident, Ordering::Relaxed);
+        }
+    }
+
+    /// Says whether the tree is warm: it was brought within its budget, and no process has joined or
+    /// forked since.
+    pub(crate) fn set_warm(&self, warm: bool) {
+        self.layout().warm.store(u64::from(warm), Ordering::Relaxed);
+    }
+
+    /// Returns how much all processes but that of slot `index` have at home or may have before they
+    /// ask again, and how many they are.
+    fn promised_to_others(&self, index: usize) -> (u64, u64) {
+        let others = self.slots_used().iter().enumerate().filter(|&(place, slot)| {
+            place != index && Word(slot.word.load(Ordering::Relaxed)).phase() == Phase::Attached
+        });
+        others.fold((0, 0), |(bytes, processes), (_, slot)| {
+            // SeqCst: see `Slot::promise`.
+            let promised = slot.promised.load(Ordering::SeqCst);
+            let resident = slot.record.gauges[Gauge::Resident as usize].load(Ordering::SeqCst);
+            (promised.max(resident).saturating_add(bytes), processes + 1)
+        })
     }
 
     /// Returns what is known of each process that is in the ledger now.
@@ -466,6 +508,7 @@ impl Ledger {
             attached: layout.attached.load(Ordering::Relaxed),
             without_slot: layout.without_slot.load(Ordering::Relaxed),
             demand_peak: layout.demand_peak.load(Ordering::Relaxed),
+            warm_peak: layout.warm_peak.load(Ordering::Relaxed),
             most_away: Stock::new(
                 &std::array::from_fn(|place| layout.most_away[place].load(Ordering::Relaxed)),
                 0,

@@ -20,6 +20,10 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Task {
     Run(Run),
+    Dmirror(Dmirror),
+    /// What `uhmm dmirror` runs beside the program.
+    #[command(hide = true)]
+    DmirrorBroker,
     Doctor(Doctor),
     /// Print the completions for a shell.
     ///
@@ -33,7 +37,7 @@ pub(crate) enum Task {
     /// To read it: uhmm man | man -l -
     Man {
         /// The command that it is about, for one of its own.
-        #[arg(value_parser = ["run", "doctor", "completions", "man"])]
+        #[arg(value_parser = ["run", "dmirror", "doctor", "completions", "man"])]
         command: Option<String>,
     },
 }
@@ -61,13 +65,33 @@ pub(crate) struct Run {
     #[arg(long, value_name = "DEVICE", default_value = "lz4")]
     pub(crate) device: OsString,
 
-    /// How it is decided which pages go.
-    #[arg(long, value_name = "POLICY", default_value = "second-chance", value_parser = ["second-chance"])]
+    /// How it is decided which pages go. There is one way so far: a clock's hand goes round the
+    /// addresses, and what came home since it last came by stays for another round.
+    #[arg(
+        long,
+        value_name = "POLICY",
+        default_value = uhmm_agent::POLICY,
+        value_parser = [uhmm_agent::POLICY]
+    )]
     pub(crate) policy: String,
 
     /// Check each page that comes home against what had left, and end the program if they differ.
     #[arg(long)]
     pub(crate) verify: bool,
+
+    /// Announce what the program does to its mappings before it is done, so that no device uses what
+    /// is about to go.
+    ///
+    /// Without this, a device is told after most changes. Each call that changes mappings takes some
+    /// microseconds longer, also in processes that the program starts; of them, those are announced
+    /// whose parents are not.
+    #[arg(long)]
+    pub(crate) announced: bool,
+
+    /// How much private memory a process must have before it is managed: a size, or `start` for from
+    /// its start. The default is 4M, or a quarter of the budget where that is less.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) attach_at: Option<String>,
 
     /// Print the report as JSON.
     #[arg(long)]
@@ -102,6 +126,28 @@ pub(crate) enum Progress {
     Auto,
     Always,
     Never,
+}
+
+/// Run a program with the mirror device of the kernel's HMM tests.
+///
+/// The program, and all that it starts, finds the device of the kernel's test driver: the units
+/// /dev/hmm_dmirror0 and 1, whose memory the CPU does not reach, and 2 and 3, whose memory it does,
+/// and /sys/kernel/debug/gup_test. Behind them is a device in user space, so that the kernel's own
+/// tests, hmm-tests, run against it as they are. Nothing is seen of it outside.
+///
+/// The exit status is that of the program; if a signal ends it, the same signal ends uhmm. It is
+/// 125 if uhmm itself fails, 126 if the program cannot be run this way, as statically linked and
+/// setuid programs cannot, and 127 if there is no such program.
+#[derive(Debug, Args)]
+pub(crate) struct Dmirror {
+    /// The program and its arguments.
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        value_name = "PROGRAM",
+        value_hint = ValueHint::CommandWithArguments
+    )]
+    pub(crate) program: Vec<OsString>,
 }
 
 /// Say what this system allows, what is lost, and how to change that.

@@ -87,7 +87,7 @@ impl Diagnosis {
                 prevents: true,
             });
         }
-        let installed = preload::find();
+        let installed = preload::find(&preload::RUN);
         let found = Status::Found.to_string();
         let status =
             installed.as_ref().map_or("missing".to_owned(), |path| path.display().to_string());
@@ -162,7 +162,7 @@ fn for_users(remedy: &str) -> String {
 
 /// Tells whether a program may filter its system calls: with the right to, or where it can gain no
 /// rights (seccomp(2)).
-fn may_filter() -> bool {
+pub(crate) fn may_filter() -> bool {
     let capable = rustix::thread::capabilities(None)
         .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN));
     capable || rustix::thread::no_new_privs().unwrap_or(false)
@@ -172,7 +172,8 @@ fn no_filter() -> Loss {
     Loss {
         subject: "a filter of one's own system calls".to_owned(),
         lost: "MADV_GUARD_INSTALL, shmat with SHM_REMAP and remap_file_pages are not refused: where a \
-               program uses them on memory that is away, old contents may come back"
+               program uses them on memory that is away, old contents may come back; and changes are not \
+               announced (uhmm run --announced)"
             .to_owned(),
         remedy: "setpriv --no-new-privs uhmm run ..., or CAP_SYS_ADMIN".to_owned(),
         prevents: false,

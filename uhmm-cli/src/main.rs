@@ -4,6 +4,7 @@
 
 mod args;
 mod device;
+mod dmirror;
 mod doctor;
 mod failure;
 mod preload;
@@ -29,6 +30,8 @@ fn main() -> ExitCode {
     };
     let done = match arguments.command {
         Task::Run(run) => run::run(&run),
+        Task::Dmirror(dmirror) => dmirror::dmirror(&dmirror),
+        Task::DmirrorBroker => dmirror::serve(),
         Task::Doctor(doctor) => doctor::doctor(&doctor),
         Task::Completions { shell } => completions(shell),
         Task::Man { command } => man(command.as_deref()),

@@ -33,10 +33,13 @@ pub(crate) struct Report {
     device: String,
     policy: String,
     verify: bool,
+    announced: bool,
     peak_bytes: BTreeMap<&'static str, u64>,
+    staying_bytes: BTreeMap<&'static str, u64>,
     compression: Compression,
     counts: BTreeMap<&'static str, u64>,
     fault_latency: FaultLatency,
+    room_waits: FaultLatency,
     stayed: Vec<Reason>,
     processes: Processes,
     not_managed: Vec<Reason>,
@@ -119,10 +122,15 @@ impl Report {
             device: config.device.display().to_string(),
             policy: config.policy.clone(),
             verify: config.verify,
+            announced: config.announced,
             peak_bytes: peaks(&totals),
+            staying_bytes: Gauge::STAYING
+                .map(|gauge| (gauge.name(), totals.numbers.peak(gauge)))
+                .into(),
             compression: Compression::of(&totals.most_away),
             counts: counts.collect(),
             fault_latency: FaultLatency::of(totals.numbers.latency()),
+            room_waits: FaultLatency::of(totals.numbers.waits()),
             stayed: stayed(&totals.numbers),
             processes: Processes {
                 started: totals.started,
@@ -151,10 +159,12 @@ impl Report {
     }
 }
 
-/// The most there was of each gauge, and of what would have been at home without a budget.
+/// The most there was of each gauge, of what would have been at home without a budget, and of what
+/// was at home once the tree was warm.
 fn peaks(totals: &Totals) -> BTreeMap<&'static str, u64> {
-    let gauges = Gauge::ALL.iter().map(|&gauge| (gauge.name(), totals.numbers.peak(gauge)));
-    gauges.chain([("needed", totals.demand_peak)]).collect()
+    let gauges = Gauge::ALL.iter().filter(|gauge| !Gauge::STAYING.contains(gauge));
+    let gauges = gauges.map(|&gauge| (gauge.name(), totals.numbers.peak(gauge)));
+    gauges.chain([("needed", totals.demand_peak), ("warm", totals.warm_peak)]).collect()
 }
 
 fn stayed(numbers: &Numbers) -> Vec<Reason> {
@@ -211,6 +221,16 @@ impl FaultLatency {
             histogram: (first..end).map(bucket).collect(),
         }
     }
+
+    /// Returns the percentiles in words.
+    fn percentiles(&self) -> String {
+        let percentiles: Vec<String> = PERCENTILES
+            .iter()
+            .filter_map(|(name, _)| Some((name, self.percentiles_ns.get(name)?)))
+            .map(|(name, &nanoseconds)| format!("{name} < {}", Nanoseconds(nanoseconds)))
+            .collect();
+        percentiles.join(", ")
+    }
 }
 
 /// Writes a line of the report, with its subject in a column of its own.
@@ -228,6 +248,7 @@ impl fmt::Display for Report {
             self.write_memory(f)?;
             self.write_pages(f)?;
             self.write_latency(f)?;
+            self.write_waits(f)?;
         } else {
             line!(f, "budget", "{}", Bytes(self.budget_bytes))?;
         }
@@ -238,13 +259,18 @@ impl fmt::Display for Report {
 impl Report {
     fn write_memory(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Report { device, compression, .. } = self;
+        let named = |name| self.peak_bytes.get(name).copied().unwrap_or(0);
         line!(
             f,
             "budget",
-            "{}; at home at most {}; without a budget {}",
+            "{}; at home at most {}{}; without a budget {}",
             Bytes(self.budget_bytes),
             self.peak(Gauge::Resident),
-            Bytes(self.peak_bytes.get("needed").copied().unwrap_or(0))
+            match named("warm") {
+                0 => String::new(),
+                warm => format!(", once warm {}", Bytes(warm)),
+            },
+            Bytes(named("needed"))
         )?;
         let over = self.peak(Gauge::Resident).0.saturating_sub(self.budget_bytes);
         if over > self.budget_bytes / TOLERANCE {
@@ -264,8 +290,34 @@ impl Report {
             "{device}: at most {away} away, kept in {stored}{ratio}{parts}{verified}"
         )?;
         match self.peak(Gauge::Agent) {
-            Bytes(0) => Ok(()),
-            agent => line!(f, "agent", "at most {agent}, in all processes"),
+            Bytes(0) => {}
+            agent => line!(f, "agent", "at most {agent}, in all processes")?,
+        }
+        self.write_staying(f)
+    }
+
+    /// Writes what is in no budget, and why.
+    fn write_staying(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let words = [
+            (Gauge::Files, "of files"),
+            (Gauge::Shared, "shared with others"),
+            (Gauge::NotWritable, "not to be written"),
+            (Gauge::Special, "of special kinds"),
+            (Gauge::Reserved, "that serving a fault may need"),
+            (Gauge::TooSmall, "of processes that are too small"),
+            (Gauge::Locked, "locked by the program (and in the budget)"),
+        ];
+        let most = words.map(|(gauge, words)| {
+            (self.staying_bytes.get(gauge.name()).copied().unwrap_or(0), words)
+        });
+        let some: Vec<String> = most
+            .iter()
+            .filter(|(bytes, _)| *bytes > 0)
+            .map(|(bytes, words)| format!("{} {words}", Bytes(*bytes)))
+            .collect();
+        match some.is_empty() {
+            true => Ok(()),
+            false => line!(f, "unmanaged", "at most {}", some.join(", ")),
         }
     }
 
@@ -291,6 +343,8 @@ impl Report {
         if !changes.is_empty() {
             line!(f, "invalidated", "{} while away", changes.join(", "))?;
         }
+        let announced = some(&[(Counter::Announced, "calls, before they were made")]);
+        announced.iter().try_for_each(|words| line!(f, "announced", "{words}"))?;
         let forks = some(&[
             (Counter::ForkOverrun, "pages came home for forks, whatever the budget"),
             (Counter::UnforeseenForks, "children were made by raw system calls"),
@@ -304,17 +358,24 @@ impl Report {
         })
     }
 
+    fn write_waits(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.room_waits.count == 0 {
+            return Ok(());
+        }
+        let (count, waits) = (Grouped(self.room_waits.count), self.room_waits.percentiles());
+        line!(f, "waits", "{count} for room: {waits}")?;
+        match self.count(Counter::WentOver) {
+            0 => Ok(()),
+            over => line!(f, "", "{} of them in vain: the program went on without", Grouped(over)),
+        }
+    }
+
     fn write_latency(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let FaultLatency { count, percentiles_ns, histogram } = &self.fault_latency;
+        let FaultLatency { count, histogram, .. } = &self.fault_latency;
         if *count == 0 {
             return line!(f, "faults", "{}", Grouped(self.count(Counter::Faults)));
         }
-        let percentiles: Vec<String> = PERCENTILES
-            .iter()
-            .filter_map(|(name, _)| Some((name, percentiles_ns.get(name)?)))
-            .map(|(name, &nanoseconds)| format!("{name} < {}", Nanoseconds(nanoseconds)))
-            .collect();
-        line!(f, "faults", "{}: {}", Grouped(*count), percentiles.join(", "))?;
+        line!(f, "faults", "{}: {}", Grouped(*count), self.fault_latency.percentiles())?;
         let most = histogram.iter().map(|bucket| bucket.count).max().unwrap_or(1).max(1);
         for Bucket { below_ns, count } in histogram {
             // At least a mark for whatever there is.

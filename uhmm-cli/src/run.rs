@@ -30,8 +30,14 @@ const LEAST_BUDGET: u64 = 4 << 20;
 /// Where it could not be started.
 pub(crate) fn run(arguments: &args::Run) -> Result<ExitCode, Failure> {
     let mut command = command(&arguments.program)?;
-    let library = preload::find()?;
+    let library = preload::find(&preload::RUN)?;
     system_allows()?;
+    if arguments.announced && !doctor::may_filter() {
+        return Err(Failure::own(
+            "--announced: a filter of system calls takes CAP_SYS_ADMIN, or a program that can gain no \
+             privileges: setpriv --no-new-privs uhmm run --announced ...",
+        ));
+    }
     let config = config(arguments)?;
     let mut destination = Destination::open(arguments)?;
     let ledger = Ledger::create(&config)
@@ -68,23 +74,34 @@ fn ended(outcome: Outcome) -> Ended {
 
 /// Reads what the program is to be run under.
 fn config(arguments: &args::Run) -> Result<Config, Failure> {
-    let wrong = |what: &dyn std::fmt::Display| {
-        Failure::own(format!("--budget {}: {what}", arguments.budget))
-    };
-    let size: Size = arguments.budget.parse().map_err(|error| wrong(&error))?;
-    let budget = size.bytes(memory());
+    let budget = size("--budget", &arguments.budget)?;
     if budget < LEAST_BUDGET {
-        return Err(wrong(&format!(
-            "no program runs in so little: give it {} at least",
+        return Err(Failure::own(format!(
+            "--budget {}: no program runs in so little: give it {} at least",
+            arguments.budget,
             Bytes(LEAST_BUDGET)
         )));
     }
+    let attach_at = match arguments.attach_at.as_deref() {
+        None => None,
+        Some("start" | "0") => Some(0),
+        Some(text) => Some(size("--attach-at", text)?),
+    };
     Ok(Config {
         budget,
         device: device::checked(&arguments.device)?,
         policy: arguments.policy.clone(),
         verify: arguments.verify,
+        announced: arguments.announced,
+        attach_at,
     })
+}
+
+/// Reads the value of an option that is an amount of memory, in bytes.
+fn size(option: &str, text: &str) -> Result<u64, Failure> {
+    let size: Size =
+        text.parse().map_err(|error| Failure::own(format!("{option} {text}: {error}")))?;
+    Ok(size.bytes(memory()))
 }
 
 /// Returns how much memory the machine has.
@@ -94,7 +111,7 @@ fn memory() -> u64 {
 }
 
 /// Finds the program, and makes sure that the agent is loaded with it.
-fn command(program: &[OsString]) -> Result<Command, Failure> {
+pub(crate) fn command(program: &[OsString]) -> Result<Command, Failure> {
     let [name, arguments @ ..] = program else {
         return Err(Failure::own("name a program after `--`"));
     };
@@ -106,7 +123,7 @@ fn command(program: &[OsString]) -> Result<Command, Failure> {
 }
 
 /// Makes sure that pages can move: a program that runs on without a budget would be a surprise.
-fn system_allows() -> Result<(), Failure> {
+pub(crate) fn system_allows() -> Result<(), Failure> {
     let migration = uhmm_linux::probe().migration();
     migration.map_err(|why| {
         let why = doctor::remedy(why);
@@ -114,7 +131,7 @@ fn system_allows() -> Result<(), Failure> {
     })
 }
 
-fn not_started(name: &OsString, error: &io::Error) -> Failure {
+pub(crate) fn not_started(name: &OsString, error: &io::Error) -> Failure {
     let line = format!("{}: {error}", name.display());
     match error.raw_os_error().map(Errno::from_raw_os_error) {
         Some(Errno::NOENT) => {

@@ -85,29 +85,41 @@ fn wait(pid: Pid, program: &OwnedFd, stopping: &mut impl FnMut()) -> io::Result<
     loop {
         let status = match known.take() {
             Some(status) => status,
-            None => next_status(pid, WaitOptions::UNTRACED)?,
+            None => match next_status(pid, WaitOptions::UNTRACED)? {
+                Some(status) => status,
+                None => continue,
+            },
         };
-        let Some(status) = status else { continue };
         if let Some(outcome) = ended(status) {
             return Ok(outcome);
         }
         if status.stopped() {
             stopping();
+            // It may have gone on meanwhile.
+            known = next_status(pid, LOOK)?;
+            if known.is_some() {
+                continue;
+            }
             kill_process(rustix::process::getpid(), Signal::STOP)?;
             // Somebody lets this process go on, and may have let the program go on as well, as a
-            // shell does, and stopped it again since: then there is more to be known of it. In this
-            // order, since of a stop that came before the first look the second one tells.
-            let stopped = is_stopped(pid);
-            let news = next_status(pid, WaitOptions::UNTRACED | WaitOptions::NOHANG)?;
-            if stopped && news.is_none() {
+            // shell does, and stopped it again since. Nothing new is to be known only of a program
+            // that is still in the stop that was told of.
+            known = next_status(pid, LOOK)?;
+            if known.is_none() {
                 let _ = pidfd_send_signal(program, Signal::CONT);
             }
-            known = news.map(Some);
         }
     }
 }
 
-/// Waits for the program to end or to stop; nothing where it was not waited for.
+/// How it is found out what is new of the program. That it was continued is asked for, and not
+/// whether it is stopped: `/proc` says so of a program that somebody is stopping, some of whose
+/// threads still run, and `SIGCONT` would take that stop back.
+const LOOK: WaitOptions =
+    WaitOptions::UNTRACED.union(WaitOptions::CONTINUED).union(WaitOptions::NOHANG);
+
+/// Waits for the program to end, to stop or to go on, as `options` say; nothing where nothing of
+/// that has happened, or a signal has ended the waiting.
 fn next_status(pid: Pid, options: WaitOptions) -> io::Result<Option<WaitStatus>> {
     match waitpid(Some(pid), options) {
         Ok(status) => Ok(status.map(|(_, status)| status)),
@@ -119,13 +131,4 @@ fn next_status(pid: Pid, options: WaitOptions) -> io::Result<Option<WaitStatus>>
 fn ended(status: WaitStatus) -> Option<Outcome> {
     let exited = status.exit_status().map(|code| Outcome::Exited((code & 0xff) as u8));
     exited.or(status.terminating_signal().map(Outcome::Killed))
-}
-
-/// Tells whether the program is stopped, by what `/proc` says of it.
-fn is_stopped(pid: Pid) -> bool {
-    let path = format!("/proc/{}/stat", pid.as_raw_nonzero());
-    let stat = std::fs::read(path).unwrap_or_default();
-    // The name, in brackets, may have anything in it.
-    let name_end = stat.iter().rposition(|&byte| byte == b')').unwrap_or(0);
-    stat[name_end..].starts_with(b") T")
 }

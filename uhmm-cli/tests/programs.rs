@@ -1,8 +1,9 @@
 //! Programs that nobody here wrote, with a quarter of the memory that they would take: what they
 //! write and how they end is what it is without `uhmm`, to the byte.
 //!
-//! A program that is not installed is told of and left out, unless `UHMM_REQUIRE_PROGRAMS=1` has the
-//! test fail. The same programs at full size: `programs.sh`.
+//! A program that is missing is installed from Debian where that can be done, which is for root (see
+//! `common/install.rs`). One that is missing still is told of and left out, unless
+//! `UHMM_REQUIRE_PROGRAMS=1` has the test fail. The same programs at full size: `programs.sh`.
 
 mod common;
 
@@ -10,30 +11,44 @@ use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::Duration;
 
-use common::{Folder, allowed, output, run};
+use common::{Folder, allowed, install, output_within, run};
 use serde_json::Value;
 
 /// The least budget that a program is given, in bytes: a program and its libraries want some.
 const LEAST: u64 = 4 << 20;
 
-/// Finds a program in `PATH`, or says that it is not there.
+/// How long a program may take. It moves all of its memory several times, which an agent without
+/// optimisation on a busy machine takes a minute and more for.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+/// Finds a program in `PATH`, or has it installed, or says that it is not there.
 fn find(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found =
-        std::env::split_paths(&path).map(|folder| folder.join(name)).find(|at| at.is_file());
-    if found.is_none() {
-        let required = std::env::var_os("UHMM_REQUIRE_PROGRAMS").is_some_and(|value| value == "1");
-        assert!(!required, "{name} is not installed");
-        eprintln!("SKIPPED: {name} is not installed");
-    }
+    let look = || {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path).map(|folder| folder.join(name)).find(|at| at.is_file())
+    };
+    let found = look().map(Ok).unwrap_or_else(|| {
+        install::install().and_then(|()| look().ok_or("no package has it".to_owned()))
+    });
     found
+        .inspect_err(|why| {
+            let required = std::env::var_os("UHMM_REQUIRE_PROGRAMS");
+            let required = required.is_some_and(|value| value == "1");
+            assert!(!required, "{name} is not installed: {why}");
+            eprintln!("SKIPPED: {name} is not installed: {why}");
+        })
+        .ok()
 }
 
 /// Finds the interpreter itself: what is in `PATH` may be a script that looks for it.
 fn find_python() -> Option<PathBuf> {
     let python = find("python3")?;
-    let asked = output(Command::new(python).args(["-c", "import sys; print(sys.executable)"]));
+    let asked = output_within(
+        PATIENCE,
+        Command::new(python).args(["-c", "import sys; print(sys.executable)"]),
+    );
     Some(PathBuf::from(String::from_utf8(asked.stdout).expect("a path").trim_end()))
 }
 
@@ -52,7 +67,10 @@ fn alone<W: AsRef<OsStr>>(program: &[W], folder: &Path) -> (Output, u64) {
                 open(sys.argv[1], 'w').write(str(peak))\n\
                 status >= 0 or os.kill(os.getpid(), -status)\n\
                 sys.exit(status)";
-    let ended = output(command.arg("-c").arg(code).arg(&peak).args(program).current_dir(folder));
+    let ended = output_within(
+        PATIENCE,
+        command.arg("-c").arg(code).arg(&peak).args(program).current_dir(folder),
+    );
     let peak = std::fs::read_to_string(peak).expect("it was written");
     (ended, peak.parse::<u64>().expect("KiB") << 10)
 }
@@ -66,7 +84,7 @@ fn same<W: AsRef<OsStr>>(program: &[W], device: &str) -> Value {
     let report = folder.path("report");
     let report = report.to_str().expect("text");
     let options = ["--json", "--report", report, "--budget", &budget, "--device", device];
-    let found = output(run(&options, program).current_dir(other.path("")));
+    let found = output_within(PATIENCE, run(&options, program).current_dir(other.path("")));
     let name = program[0].as_ref().display().to_string();
     let text = String::from_utf8_lossy(&found.stderr);
     assert_eq!(found.status, expected.status, "{name}: {text}");
@@ -163,7 +181,7 @@ fn a_guard_over_what_is_away_is_refused_and_drops_nothing() {
     let mut command = Command::new("setpriv");
     command.args(["--no-new-privs", env!("CARGO_BIN_EXE_uhmm"), "run", "--json", "--report"]);
     command.arg(&report).args(["--budget", "8M", "--"]).arg(python).arg(script("guard.py"));
-    let found = output(&mut command);
+    let found = output_within(PATIENCE, &mut command);
     let text = String::from_utf8_lossy(&found.stdout);
     assert_eq!(text, "-1 EINVAL\nTrue\n", "{}", String::from_utf8_lossy(&found.stderr));
     let report = std::fs::read_to_string(report).expect("it was written");
@@ -237,7 +255,7 @@ fn redis_saves_in_the_background() {
         "6M",
         "--",
     ]);
-    let found = output(&mut command);
+    let found = output_within(PATIENCE, &mut command);
     let text = String::from_utf8_lossy(&found.stdout);
     assert!(found.status.success(), "{text}{}", String::from_utf8_lossy(&found.stderr));
     let expected = "OK\nBackground saving started\nrdb_last_bgsave_status:ok\nstatus 0\n\

@@ -4,8 +4,9 @@
 #
 #     uhmm-cli/tests/programs.sh [DEVICE]
 #
-# UHMM is the command (target/release/uhmm). Programs that are not installed are told of and left out,
-# unless UHMM_REQUIRE_PROGRAMS=1. It takes some minutes and 1 GiB in a temporary folder.
+# UHMM is the command (target/release/uhmm). Programs that are missing are installed by apt-get, for root
+# and unless UHMM_INSTALL_PROGRAMS=0. Those that are missing still are told of and left out, unless
+# UHMM_REQUIRE_PROGRAMS=1. It takes some minutes and 1 GiB in a temporary folder.
 set -u
 device=${1:-lz4}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -14,8 +15,26 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 failed=0
 
-# has PROGRAM: whether it is installed.
+# install: installs what is missing, once. Only fetching has a deadline: it can be given up at any time.
+tried=0
+install() {
+    [ "$tried" = 1 ] && return
+    tried=1
+    [ "${UHMM_INSTALL_PROGRAMS:-1}" != 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get > "$folder/where" || return
+    set -- install --yes --no-install-recommends bsdutils coreutils gcc libc6-dev python3 redis-server stress-ng util-linux
+    export DEBIAN_FRONTEND=noninteractive
+    {
+        timeout 60 apt-get "$@" --download-only || {
+            timeout 60 apt-get update && timeout 60 apt-get "$@" --download-only
+        }
+    } > "$folder/apt" 2>&1 && apt-get "$@" --no-download >> "$folder/apt" 2>&1 && return
+    echo "NOT INSTALLED: $(tail -n 1 "$folder/apt")"
+}
+
+# has PROGRAM: whether it is installed, if need be by us.
 has() {
+    command -v "$1" > "$folder/where" && return 0
+    install
     command -v "$1" > "$folder/where" && return 0
     echo "SKIPPED: $1 is not installed"
     [ "${UHMM_REQUIRE_PROGRAMS:-0}" = 1 ] && failed=1
@@ -46,6 +65,7 @@ sys.exit(status)' "$folder/peak" "$@" > "$folder/expected" 2> "$folder/expected.
     fi
 }
 
+has python3 || exit 2
 python=$(python3 -c 'import sys; print(sys.executable)') || exit 2
 "$python" -c '
 import random, sys

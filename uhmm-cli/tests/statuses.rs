@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::os::unix::process::ExitStatusExt as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -246,6 +246,86 @@ fn what_cannot_be_done_is_125() {
     let folder = Folder::new();
     let spaced = folder.file("a library.so", b"", 0o755);
     complains(run(&[], &["true"]).env("UHMM_PRELOAD", &spaced), 125, &["space", "move it"]);
+}
+
+/// Makes a command run on a kernel that does not know userfaultfd(2): by a seccomp filter that
+/// answers for it.
+fn without_userfaultfd(command: &mut Command) -> &mut Command {
+    let step = |code, k, jt, jf| libc::sock_filter { code, jt, jf, k };
+    let (load, equal, answer) = (0x20, 0x15, 0x06);
+    let number = u32::try_from(libc::SYS_userfaultfd).expect("system calls are small numbers");
+    let unknown = libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs();
+    let mut filter = [
+        step(load, 0, 0, 0),
+        step(equal, number, 0, 1),
+        step(answer, unknown, 0, 0),
+        step(answer, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ];
+    let install = move || {
+        let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
+        // SAFETY: sets a flag of the child.
+        let set = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+        let mode = libc::SECCOMP_MODE_FILTER;
+        // SAFETY: the kernel copies the program, which lives until it has.
+        let installed = unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) };
+        if set == 0 && installed == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: the closure makes system calls alone.
+    unsafe { command.pre_exec(install) }
+}
+
+#[test]
+fn a_kernel_without_userfaultfd_is_125() {
+    let words = ["does not let memory move", "userfaultfd", "see uhmm doctor"];
+    complains(without_userfaultfd(&mut run(&[], &["true"])), 125, &words);
+    let told = output(without_userfaultfd(uhmm().arg("doctor")));
+    assert_eq!(told.status.code(), Some(2), "{told:?}");
+}
+
+/// Where cargo has built the library.
+fn library() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_uhmm")).with_file_name("deps").join("libuhmm_preload.so")
+}
+
+/// Makes a copy of the library that says that it is of another build.
+fn stale_library(folder: &Folder, name: &str) -> PathBuf {
+    let mut content = std::fs::read(library()).expect("it was built");
+    let build = uhmm_agent::BUILD.to_ne_bytes();
+    let mut found = 0;
+    for at in 0..content.len() - build.len() {
+        if content[at..].starts_with(&build) {
+            content[at] ^= 1;
+            found += 1;
+        }
+    }
+    assert!(found > 0, "the library says of which build it is");
+    folder.file(name, &content, 0o755)
+}
+
+#[test]
+fn a_library_of_another_build_is_125() {
+    let folder = Folder::new();
+    let stale = stale_library(&folder, "libuhmm_preload.so");
+    let nothing = folder.file("nothing.so", b"", 0o755);
+    for wrong in [&stale, &nothing, &PathBuf::from("/bin/true")] {
+        let mut command = run(&[], &["true"]);
+        let words = ["not of the same build", "build both", "UHMM_PRELOAD"];
+        complains(command.env("UHMM_PRELOAD", wrong), 125, &words);
+    }
+    // Beside the command too; where there is one of its own build, that one is taken.
+    let command = folder.path("uhmm");
+    std::fs::copy(env!("CARGO_BIN_EXE_uhmm"), &command).expect("there is room");
+    let run_there = || {
+        let mut command = Command::new(&command);
+        command.env_remove("UHMM_PRELOAD").args(["run", "--quiet", "--", "sh", "-c", "exit 3"]);
+        command
+    };
+    complains(&mut run_there(), 125, &["not of the same build"]);
+    std::fs::create_dir(folder.path("deps")).expect("there is room");
+    std::fs::copy(library(), folder.path("deps/libuhmm_preload.so")).expect("there is room");
+    if allowed() {
+        assert_eq!(output(&mut run_there()).status.code(), Some(3));
+    }
 }
 
 #[test]

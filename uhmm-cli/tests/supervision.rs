@@ -2,7 +2,10 @@
 
 mod common;
 
+use std::ffi::{CString, OsStr};
 use std::io::Read as _;
+use std::mem::MaybeUninit;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -116,6 +119,93 @@ fn uhmm_stops_and_goes_on_with_the_program() {
     assert_eq!(running.end().code(), Some(4));
 }
 
+/// A program that takes a while to stop: one of its threads makes a child as vfork(2) does, and is
+/// not stopped before that has executed, which opens `fifo` first.
+fn slow_to_stop(fifo: &OsStr) -> ! {
+    println!("PUPPET {}", std::process::id());
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).expect("somebody writes");
+    let fifo = CString::new(fifo.as_bytes()).expect("a path");
+    let maker = std::thread::spawn(move || {
+        let mut actions = MaybeUninit::uninit();
+        // SAFETY: it initialises the actions.
+        assert_eq!(unsafe { libc::posix_spawn_file_actions_init(actions.as_mut_ptr()) }, 0);
+        let (path, flags) = (fifo.as_ptr(), libc::O_WRONLY);
+        let actions = actions.as_mut_ptr();
+        // SAFETY: they are initialised, and the path, which is copied, ends with a zero.
+        let added = unsafe { libc::posix_spawn_file_actions_addopen(actions, 9, path, flags, 0) };
+        assert_eq!(added, 0);
+        let arguments = [c"true".as_ptr().cast_mut(), std::ptr::null_mut()];
+        let environment = [std::ptr::null_mut()];
+        let mut child = 0;
+        // SAFETY: paths end with zeroes, lists with nulls, and all of it lives until it returns.
+        let made = unsafe {
+            libc::posix_spawn(
+                &raw mut child,
+                c"/bin/true".as_ptr(),
+                actions,
+                std::ptr::null(),
+                arguments.as_ptr(),
+                environment.as_ptr(),
+            )
+        };
+        assert_eq!(made, 0);
+        // SAFETY: the child is ours, and nobody asks for its status.
+        assert_eq!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) }, child);
+    });
+    maker.join().expect("it does not panic");
+    line.clear();
+    std::io::stdin().read_line(&mut line).expect("somebody writes");
+    std::process::exit(7)
+}
+
+/// Tells whether a thread of the process waits and is not to be stopped.
+fn has_unstoppable_thread(pid: rustix::process::Pid) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero()));
+    tasks.expect("it runs").flatten().any(|task| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('D'))
+    })
+}
+
+#[test]
+fn a_stop_that_is_under_way_is_not_taken_back() {
+    if let Some(fifo) = std::env::var_os("UHMM_CLI_FIFO") {
+        slow_to_stop(&fifo);
+    }
+    if !allowed() {
+        return;
+    }
+    let folder = Folder::new();
+    let fifo = folder.path("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status().expect("it runs");
+    assert!(made.success());
+    let binary = std::env::current_exe().expect("it runs");
+    let test = "a_stop_that_is_under_way_is_not_taken_back";
+    let program = [binary.as_os_str(), "--exact".as_ref(), test.as_ref(), "--nocapture".as_ref()];
+    let mut running = Running::start(run(&["--quiet"], &program).env("UHMM_CLI_FIFO", &fifo));
+    let program = puppet_of(&mut running);
+    send(program, Signal::STOP);
+    running.stopped();
+    // The program goes on alone, and then somebody stops it again: not all of it stops at once.
+    send(program, Signal::CONT);
+    until("the program goes on", || state_of(program).filter(|state| *state != 'T'));
+    running.say("make a child");
+    until("a thread waits", || has_unstoppable_thread(program).then_some(()));
+    send(program, Signal::STOP);
+    until("the program stops", || state_of(program).filter(|state| *state == 'T'));
+    running.send(Signal::CONT);
+    until("uhmm has looked", || state_of(running.pid()).filter(|state| *state == 'S'));
+    assert_eq!(state_of(program), Some('T'), "nobody has let it go on");
+    // Now the rest of it stops.
+    drop(std::fs::File::open(&fifo).expect("the child opens it"));
+    running.stopped();
+    assert_eq!(state_of(program), Some('T'));
+    running.send(Signal::CONT);
+    running.say("enough");
+    assert_eq!(running.end().code(), Some(7));
+}
+
 #[test]
 fn a_program_survives_uhmm() {
     if !allowed() {
@@ -165,14 +255,19 @@ fn start_puppet(test: &str, options: &[&str]) -> (Running, rustix::process::Pid)
     let binary = binary.to_str().expect("its path is text");
     let mut command = run(options, &[binary, "--exact", test, "--nocapture"]);
     let mut running = Running::start(command.env("UHMM_CLI_PUPPET", "1"));
-    let number = loop {
+    let program = puppet_of(&mut running);
+    (running, program)
+}
+
+/// Waits until a puppet says its number.
+fn puppet_of(running: &mut Running) -> rustix::process::Pid {
+    loop {
         let line = running.line().expect("it says its number");
         // The harness writes too, and not always a whole line.
         if let Some((_, number)) = line.split_once("PUPPET ") {
-            break number.parse().expect("a number");
+            return pid_of(number.parse().expect("a number"));
         }
-    };
-    (running, pid_of(number))
+    }
 }
 
 /// Tells whether this is the puppet. It does not return then.
@@ -219,6 +314,48 @@ fn a_program_is_stopped_with_memory_away_and_goes_on() {
     running.say("now");
     assert_eq!(running.line().as_deref(), Some("WRONG 0"));
     assert_eq!(running.end().code(), Some(11));
+}
+
+#[test]
+fn a_device_that_is_full_does_not_stop_a_program() {
+    is_puppet();
+    if !allowed() {
+        return;
+    }
+    let test = "a_device_that_is_full_does_not_stop_a_program";
+    let folder = Folder::new();
+    let report = folder.path("report");
+    let report = report.to_str().expect("text");
+    let file = format!("file:{}:2M", folder.path("").display());
+    for device in ["lz4:2M", &file] {
+        let options = ["--report", report, "--device", device, "--budget", BUDGET];
+        let (mut running, _) = start_puppet(test, &options);
+        running.say("now");
+        assert_eq!(running.line().as_deref(), Some("WRONG 0"), "{device}");
+        assert_eq!(running.end().code(), Some(11), "{device}");
+        let said = std::fs::read_to_string(report).expect("it was written");
+        assert!(said.contains("the device is full"), "{said}");
+    }
+}
+
+#[test]
+fn nothing_is_left_of_what_a_program_had_away() {
+    is_puppet();
+    if !allowed() {
+        return;
+    }
+    let test = "nothing_is_left_of_what_a_program_had_away";
+    for signal in [Signal::KILL, Signal::ABORT, Signal::TERM] {
+        let folder = Folder::new();
+        let device = format!("file:{}", folder.path("").display());
+        let options = ["--quiet", "--device", &device, "--budget", BUDGET];
+        let (mut running, program) = start_puppet(test, &options);
+        until("most of its memory is away", || (resident_bytes(program) < WORDS * 8).then_some(()));
+        send(program, signal);
+        assert_eq!(running.end().signal(), Some(signal.as_raw()));
+        assert_eq!(std::fs::read_dir(folder.path("")).expect("it is there").count(), 0);
+        assert!(state_of(program).is_none_or(|state| state == 'Z'), "it has ended");
+    }
 }
 
 #[test]

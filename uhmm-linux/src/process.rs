@@ -9,10 +9,11 @@ use rustix::io::Errno;
 use uhmm::{AddressSpace, Backend, PageRange};
 
 use crate::announce::{Coverage, NoAnnouncement};
+use crate::growth::Growth;
 use crate::options::Options;
 use crate::probe::{NoMigration, Plan, Probe, probe};
 use crate::space::kernel::Kernel;
-use crate::space::{Abilities, HostMemory, Parts, Space};
+use crate::space::{Abilities, HostMemory, Immovable, Parts, Space};
 use crate::sys::allocator;
 use crate::sys::fork;
 use crate::sys::maps::Maps;
@@ -125,6 +126,9 @@ pub struct ProcessStatistics {
     pub lost_staging: u64,
     /// Pages that were dropped because the program had put something else in their place.
     pub replaced: u64,
+    /// System calls of the program that were announced before they were made, and ended after
+    /// ([`Options::announced`]).
+    pub announced: u64,
 }
 
 impl Process {
@@ -216,6 +220,11 @@ impl Process {
         self.space.coverage()
     }
 
+    /// Returns the backend.
+    pub(crate) fn space(&self) -> &Space {
+        &self.space
+    }
+
     /// Returns what was found when the process attached: every feature of the kernel's that is used
     /// or missing.
     pub fn probe(&self) -> &Probe {
@@ -257,6 +266,48 @@ impl Process {
     /// It takes about 13 ms for each GiB of single pages, and next to nothing where none are.
     pub fn resident(&self, range: PageRange, out: &mut Vec<PageRange>) {
         self.space.resident_parts(range, out);
+    }
+
+    /// Returns how much memory of the process does not move and why: all that is there and that
+    /// [`movable`](Process::movable) is without. Faults nothing in.
+    ///
+    /// It takes as long as [`resident`](Process::resident) does for all of it.
+    pub fn immovable(&self) -> Immovable {
+        self.space.immovable()
+    }
+
+    /// Has `growth` asked before the program gets more memory, from now until
+    /// [`end_hold`](Process::end_hold) or the next fork: each first touch of a page of what is
+    /// [movable](Process::movable) and mapped now waits until it is admitted. Returns how many pages
+    /// could not be had so, for want of registrations or since their mappings changed.
+    ///
+    /// The kernel tells of no new mapping: what the program maps after this is not held, and a call
+    /// once more holds that too. The first `growth` that is given stays for good. It goes on being
+    /// asked, after the end of the hold too, about the pages for which a first touch is a fault of
+    /// this process's servers anyway: those next to some that are away.
+    ///
+    /// While it lasts a first touch costs as much as a page that comes home, for all pages together
+    /// that are admitted at once; calls that unmap, move or discard memory wait until they are heard;
+    /// and there are no new huge pages. Whoever waits is not interrupted by signals, so that `growth`
+    /// must have a limit.
+    pub fn hold_growth(&self, growth: &Arc<dyn Growth>) -> u64 {
+        self.space.hold_growth(growth)
+    }
+
+    /// Ends the hold on growth. Registrations are given up now, or when nothing is away any more.
+    pub fn end_hold(&self) {
+        self.space.end_hold();
+    }
+
+    /// Has those asked for again that wait for room, soon.
+    pub fn resume_growth(&self) {
+        self.space.resume_growth();
+    }
+
+    /// Writes to the standard error output of the program, as far as it has one: also from a thread
+    /// that has [descriptors of its own](Options::own_descriptors).
+    pub fn tell(text: &str) {
+        thread::tell(text);
     }
 
     /// Keeps `range` from moving from now on, and brings home what of it is away: for memory that
@@ -309,6 +360,7 @@ impl Process {
             unforeseen_forks: read(&counters.unforeseen_forks),
             parked: read(&counters.parked),
             replaced: read(&counters.replaced),
+            announced: read(&counters.announced),
         }
     }
 }

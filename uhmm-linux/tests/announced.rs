@@ -9,11 +9,14 @@ mod calls;
 mod outlive;
 #[path = "announced/read_only.rs"]
 mod read_only;
+#[path = "announced/rows.rs"]
+mod rows;
 #[path = "announced/stale.rs"]
 mod stale;
 
 use std::sync::{Arc, Mutex};
 
+use common::children::{End, How, child, end_of};
 use common::in_own_process;
 use common::memory::{self, Mapping};
 use common::rig::{Gpu, attach_with, device_load, device_store};
@@ -114,6 +117,22 @@ fn a_change_that_waits_for_a_device_holds_up_no_other() {
             drop(go_on);
             assert_eq!(change.join().expect("it does not panic"), Ok(()));
         });
+    });
+}
+
+/// Nobody knows what a device uses that has panicked, and nobody is left waiting for it.
+#[test]
+fn a_device_that_panics_as_it_is_told_ends_the_process() {
+    in_own_process(|| {
+        let pid = child(How::Hooked, || {
+            let process = attach();
+            let mapping = Mapping::anonymous(1);
+            let (_heard, _subscription) =
+                listen(&process, mapping.range(), || panic!("a device of this test"));
+            memory::unmap(mapping.range());
+            false
+        });
+        assert_eq!(end_of(pid), End::Signal(libc::SIGABRT));
     });
 }
 

@@ -8,6 +8,10 @@ mod kernel;
 mod around;
 #[path = "migration/changed.rs"]
 mod changed;
+#[path = "migration/heap.rs"]
+mod heap;
+#[path = "migration/prompt.rs"]
+mod prompt;
 #[path = "migration/unseen.rs"]
 mod unseen;
 

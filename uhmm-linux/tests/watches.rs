@@ -7,7 +7,7 @@ mod kernel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::memory::{Backing, Mapping, RW, map, mapped_in, unmap};
+use common::memory::{self, Backing, Line, Mapping, RW, map, mapped_in, unmap};
 use common::rig::{Gpu, TestMirror, attach, device_load, is_home};
 use common::{eventually, in_own_process};
 use kernel::faults::Handler;
@@ -148,5 +148,74 @@ fn who_comes_while_others_go_is_told() {
             assert!(finds_a_hole(&mirror, mapping.page(3)), "round {round}");
         }
         drop(mirrors);
+    });
+}
+
+/// Tells whether any of `range` is registered for missing pages.
+fn is_registered_missing(range: uhmm::PageRange) -> bool {
+    let text = std::fs::read_to_string("/proc/self/smaps").expect("proc is mounted");
+    let mut within = false;
+    text.lines().any(|line| {
+        if let Some(mapping) = Line::parse(line) {
+            let (first, last) = (range.address(), range.last().address());
+            within = mapping.range.start <= last && first < mapping.range.end;
+        }
+        let flags = line.strip_prefix("VmFlags:").unwrap_or_default();
+        within && flags.split(' ').any(|flag| flag == "um")
+    })
+}
+
+/// Returns the mapping that `page` is in.
+fn mapping_of(page: uhmm::Page) -> uhmm::PageRange {
+    let lines = memory::lines();
+    let line = lines.iter().find(|line| line.range.contains(&page.address()));
+    let range = &line.expect("it is mapped").range;
+    uhmm::PageRange::new(range.start, range.end - range.start).expect("whole pages")
+}
+
+/// A thread that holds a lock of ours may be the first to touch a page of its stack: if that were a
+/// fault of ours, it would wait for itself. Also if a device looks at the stack, before the thread
+/// calls in or after, and while pages are out.
+#[test]
+fn what_servers_need_is_never_missing() {
+    in_own_process(|| {
+        let process = attach();
+        let gpu = Gpu::new(64);
+        let mapping = Mapping::anonymous(8);
+        mapping.fill(|index| index);
+        let report = process.migrate(mapping.range(), &gpu.pagemap).run();
+        assert_eq!(report.moved, 8, "{report:?}");
+        let (process, gpu) = (&process, &gpu);
+        thread::scope(|scope| {
+            let (tell, told) = std::sync::mpsc::channel();
+            let (begin, begun) = std::sync::mpsc::channel::<()>();
+            let thread = scope.spawn(move || {
+                let word = 77_u64;
+                let page = uhmm::Page::containing(&raw const word as u64);
+                let range = mapping_of(page);
+                tell.send((page, range)).expect("somebody waits");
+                begun.recv().expect("somebody goes on");
+                // It calls in, when its stack is watched already.
+                assert!(is_home(process, page));
+                process.catch_up();
+                let missing = is_registered_missing(range);
+                std::hint::black_box(&word);
+                missing
+            });
+            let (page, range) = told.recv().expect("it has a stack");
+            let mirror = gpu.mirror(process, range);
+            assert!(device_load(&mirror, page).is_ok());
+            begin.send(()).expect("it waits");
+            assert!(!thread.join().expect("it does not panic"), "{range} is a stack");
+        });
+        // This thread has called in.
+        let word = 78_u64;
+        let page = uhmm::Page::containing(&raw const word as u64);
+        let range = mapping_of(page);
+        let mirror = gpu.mirror(process, range);
+        assert!(device_load(&mirror, page).is_ok());
+        assert!(!is_registered_missing(range), "{range} is a stack");
+        std::hint::black_box(&word);
+        assert_eq!(mapping.peek(3), 3);
     });
 }

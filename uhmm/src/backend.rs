@@ -144,6 +144,21 @@ pub trait SystemMemory: Send + Sync + 'static {
     /// Copies `bytes` into `frame` and its successors, from `offset` bytes into it.
     fn write(&self, frame: Frame, offset: usize, bytes: &[u8]);
 
+    /// Does what [`read`](SystemMemory::read) does, and tells how many of the first bytes came from
+    /// memory that is still what `frame` stood for, as far as that can be told. The default tells of
+    /// all: it is for memory where a frame that is used in time cannot be gone.
+    fn try_read(&self, frame: Frame, offset: usize, bytes: &mut [u8]) -> usize {
+        self.read(frame, offset, bytes);
+        bytes.len()
+    }
+
+    /// Does what [`write`](SystemMemory::write) does, and tells how many of the first bytes went to
+    /// memory that is still what `frame` stood for. The others went nowhere.
+    fn try_write(&self, frame: Frame, offset: usize, bytes: &[u8]) -> usize {
+        self.write(frame, offset, bytes);
+        bytes.len()
+    }
+
     /// Replaces the aligned 64-bit word at `offset` by `update` of it, in one step that no other
     /// access comes between, and returns what was there. `update` may be called several times.
     fn fetch_update(&self, frame: Frame, offset: usize, update: &mut dyn FnMut(u64) -> u64) -> u64;

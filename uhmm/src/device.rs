@@ -112,6 +112,13 @@ pub trait DeviceMemory: Send + Sync + 'static {
         None
     }
 
+    /// Tells whether [`copy`](DeviceMemory::copy) waits for nobody, and takes a few microseconds for
+    /// each page. Does not change. A backend then brings pages home on the thread that all CPU faults
+    /// wait for, which is quicker than to wake another. The default says no.
+    fn is_prompt(&self) -> bool {
+        false
+    }
+
     /// Takes a block back. The device uses no translation to it any more.
     ///
     /// A block may come back in smaller pieces than it was allocated or adopted in. Called from drop

@@ -36,8 +36,9 @@ use crate::backend::{
     CannotSplit, Committed, IsolatedPage, Isolation, Placement, Select, Source, SystemMemory,
 };
 use crate::device::{CopyJob, CopyKind};
+use crate::entry::Frame;
 use crate::error::{StayReason, Stayed};
-use crate::page::{Order, Page, PageRange};
+use crate::page::{Order, PAGE_SIZE, Page, PageRange};
 use crate::pagemap::DevicePagemap;
 use crate::policy::{Location, MigrateCause, Moved};
 
@@ -284,6 +285,27 @@ impl Migration<Isolated> {
             failures: self.failures,
             user: self.user,
             step: PhantomData,
+        }
+    }
+
+    /// Shows `look` what is in each page that is on its way from system memory, single pages of
+    /// large ones too: what nobody can change before this is committed or dropped. `look` must touch
+    /// nothing that may be on its way itself.
+    pub fn for_each_page(&self, mut look: impl FnMut(Page, &[u8; PAGE_SIZE])) {
+        let memory = self.isolation.memory();
+        let mut bytes = [0; PAGE_SIZE];
+        for isolated in self.isolation.pages() {
+            for (page, index) in isolated.page.block(isolated.order).iter().zip(0..) {
+                match isolated.source {
+                    Source::System(Frame(first)) => {
+                        memory.read(Frame(first + index), 0, &mut bytes)
+                    }
+                    Source::Zero => bytes.fill(0),
+                    // It comes home from there, and has not been copied yet.
+                    Source::Device(_) => continue,
+                }
+                look(page, &bytes);
+            }
         }
     }
 

@@ -46,6 +46,26 @@ fn pages_go_to_the_device_and_come_home_when_touched() {
 }
 
 #[test]
+fn what_is_on_its_way_can_be_looked_at() {
+    let rig = Rig::new(3, 3);
+    rig.process.store_u64(word(0), 5).expect("memory is there");
+    rig.process.store_u64(word(2), 8).expect("memory is there");
+    let space = rig.process.address_space();
+    let migration = space.migrate(range(0, 3), &rig.pagemap);
+    let mut seen = Vec::new();
+    migration.for_each_page(|page, bytes| {
+        let first = u64::from_ne_bytes(bytes[..8].try_into().expect("eight bytes"));
+        seen.push((page, first, bytes[8..].iter().all(|&byte| byte == 0)));
+    });
+    assert_eq!(seen, [(page(0), 5, true), (page(1), 0, true), (page(2), 8, true)]);
+    assert_eq!(migration.run().moved, 3);
+    // What is there already is not on its way.
+    space.migrate(range(0, 3), &rig.pagemap).for_each_page(|page, _| panic!("{page}"));
+    assert_eq!(rig.process.load_u64(word(2)), Ok(8));
+    rig.finish();
+}
+
+#[test]
 fn pages_that_were_never_touched_and_zero_pages_move_without_a_copy() {
     let rig = Rig::new(3, 3);
     // A read brings the shared zero page.

@@ -20,6 +20,11 @@ extern "C" fn enter() {
 #[unsafe(link_section = ".init_array")]
 static ENTER: extern "C" fn() = enter;
 
+/// The number of the build, by which the command knows its own library.
+// SAFETY: no other object has a symbol of this name but a library of another build.
+#[unsafe(no_mangle)]
+pub static UHMM_BUILD: u64 = uhmm_agent::BUILD;
+
 /// Stands in for fork(2) of the C library.
 ///
 /// # Safety

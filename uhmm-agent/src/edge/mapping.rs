@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::ledger::layout::Layout;
+use crate::node::units::Usage;
 
 /// What may lie in memory that processes share.
 ///
@@ -28,6 +29,9 @@ pub(crate) unsafe trait Shared: Sync {}
 
 // SAFETY: every field is an atomic, or an array or `repr(C)` structure of such.
 unsafe impl Shared for Layout {}
+
+// SAFETY: a `repr(C)` structure of arrays of atomics, and of nothing else.
+unsafe impl Shared for Usage {}
 
 /// A `T` in memory that is shared with other processes, and with children across a fork. Dropping
 /// it unmaps it from this process.

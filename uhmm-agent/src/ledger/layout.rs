@@ -1,7 +1,6 @@
 //! How the ledger lies in memory: atomics, in a fixed order.
 //!
-//! The supervisor and the agents are of one build, or else of the same [`VERSION`]: any change here
-//! is a new version.
+//! The supervisor and the agents are of one build: see [`VERSION`].
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,8 +9,11 @@ use super::numbers::{BUCKETS, Counter, Gauge, Numbers, STAYS};
 /// The first word: "uhmmrun" and a zero.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"uhmmrun\0");
 
-/// The version of the layout, and of what the numbers mean.
-pub(crate) const VERSION: u64 = 1;
+/// The version of the layout, and of what the numbers mean: that of one build is no other's.
+pub(crate) const VERSION: u64 = crate::BUILD;
+
+/// What stands for a size that nobody has said.
+pub(crate) const NOT_SAID: u64 = u64::MAX;
 
 /// How many processes can be in the ledger at a time.
 pub const SLOTS: usize = 1024;
@@ -33,6 +35,9 @@ pub(crate) struct Layout {
     pub(crate) pid_namespace: AtomicU64,
     pub(crate) budget: AtomicU64,
     pub(crate) verify: AtomicU64,
+    pub(crate) announced: AtomicU64,
+    /// In bytes, or [`NOT_SAID`].
+    pub(crate) attach_at: AtomicU64,
     pub(crate) device: Text<{ DEVICE_BYTES / 8 }>,
     pub(crate) policy: Text<32>,
     /// How many slots were ever in use.
@@ -43,6 +48,10 @@ pub(crate) struct Layout {
     pub(crate) without_slot: AtomicU64,
     /// Remarks for which there was no place.
     pub(crate) notes_lost: AtomicU64,
+    /// Whether the tree was brought within its budget since a process joined it, or forked; and the
+    /// most of `Resident` that was seen while it was so.
+    pub(crate) warm: AtomicU64,
+    pub(crate) warm_peak: AtomicU64,
     /// The most of `Resident` and `Away` together that was seen.
     pub(crate) demand_peak: AtomicU64,
     /// What there was when the most was away that was seen.
@@ -60,6 +69,8 @@ pub(crate) struct SlotRecord {
     pub(crate) word: AtomicU64,
     /// Why it is not managed: the place of a note, and one more.
     pub(crate) reason: AtomicU64,
+    /// How much the process may have at home before it asks again, in bytes.
+    pub(crate) promised: AtomicU64,
     pub(crate) name: Text<8>,
     pub(crate) record: Record,
 }
@@ -72,6 +83,7 @@ pub(crate) struct Record {
     pub(crate) peaks: [AtomicU64; Gauge::COUNT],
     pub(crate) stays: [AtomicU64; STAYS],
     pub(crate) latency: [AtomicU64; BUCKETS],
+    pub(crate) waits: [AtomicU64; BUCKETS],
 }
 
 // Relaxed, all that follows: each number is one by itself, and orders nothing.
@@ -84,6 +96,7 @@ impl Record {
         copy(&self.peaks, &mut numbers.peaks);
         copy(&self.stays, &mut numbers.stays);
         copy(&self.latency, &mut numbers.latency.buckets);
+        copy(&self.waits, &mut numbers.waits.buckets);
         numbers
     }
 
@@ -102,6 +115,7 @@ impl Record {
         mv(&self.counters, &totals.counters);
         mv(&self.stays, &totals.stays);
         mv(&self.latency, &totals.latency);
+        mv(&self.waits, &totals.waits);
         // What a process had at home, away or in store went with it.
         let clear = |numbers: &[AtomicU64]| {
             numbers.iter().for_each(|number| number.store(0, Ordering::Relaxed));

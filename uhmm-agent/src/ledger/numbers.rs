@@ -48,6 +48,8 @@ places! {
         FaultsRefused = "faults_refused",
         /// Times that a thread which wanted more memory was made to wait for room.
         Throttled = "throttled",
+        /// Of those, times that there was no room in time, and the thread went on without.
+        WentOver = "went_over",
         /// Pages that came home because the program forked.
         ForkOverrun = "fork_overrun",
         /// Children made without the C library's `fork` while pages were away.
@@ -65,6 +67,8 @@ places! {
         PagesVerified = "pages_verified",
         /// Times that the policy looked at all memory.
         Sweeps = "sweeps",
+        /// System calls that were announced before they were made (`--announced`).
+        Announced = "announced",
     }
 }
 
@@ -85,7 +89,35 @@ places! {
         Incompressible = "incompressible",
         /// What the agent itself takes of memory, without what the device keeps.
         Agent = "agent",
+        /// Memory of the program that is not managed: mapped from files.
+        Files = "files",
+        /// Not managed: shared with other processes, or to be.
+        Shared = "shared",
+        /// Not managed: private, and not to be written.
+        NotWritable = "not_writable",
+        /// Not managed: the kernel's own, huge pages that were set aside, executable memory.
+        Special = "special",
+        /// Not managed, since serving a fault may need it: stacks of the agent, static data of loaded
+        /// objects, what the loader keeps.
+        Reserved = "reserved",
+        /// Not managed: private memory of processes that have too little of it.
+        TooSmall = "too_small",
+        /// Managed, and never moved: locked in memory by the program.
+        Locked = "locked",
     }
+}
+
+impl Gauge {
+    /// Those that are of memory which is not managed or never moves, by the reason.
+    pub const STAYING: [Gauge; 7] = [
+        Gauge::Files,
+        Gauge::Shared,
+        Gauge::NotWritable,
+        Gauge::Special,
+        Gauge::Reserved,
+        Gauge::TooSmall,
+        Gauge::Locked,
+    ];
 }
 
 /// How many buckets the histogram of latencies has: the last begins at 9 minutes.
@@ -142,6 +174,7 @@ pub struct Numbers {
     pub(crate) peaks: [u64; Gauge::COUNT],
     pub(crate) stays: [u64; STAYS],
     pub(crate) latency: Latency,
+    pub(crate) waits: Latency,
 }
 
 impl Numbers {
@@ -171,9 +204,14 @@ impl Numbers {
         counted.map(move |(place, &count)| (name(place), count))
     }
 
-    /// Returns how long faults took to be served.
+    /// Returns how long faults took to be served, without the wait for room.
     pub fn latency(&self) -> &Latency {
         &self.latency
+    }
+
+    /// Returns how long threads waited for room, where they did.
+    pub fn waits(&self) -> &Latency {
+        &self.waits
     }
 
     /// Adds the numbers of another process. Peaks are not added: the sum of two is no peak of both.
@@ -185,6 +223,7 @@ impl Numbers {
         add(&mut self.gauges, &other.gauges);
         add(&mut self.stays, &other.stays);
         add(&mut self.latency.buckets, &other.latency.buckets);
+        add(&mut self.waits.buckets, &other.waits.buckets);
     }
 }
 

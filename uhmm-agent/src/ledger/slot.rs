@@ -9,6 +9,9 @@ use super::layout::{Identity, Phase, SlotRecord, Word};
 use super::numbers::{bucket_of, place_of};
 use super::{Counter, Gauge, Ledger, NoteKind};
 
+/// How much of what is free a process gets that does not want any now, in bytes.
+const UNWANTED: u64 = 256 << 10;
+
 /// The slot of a process, in which it counts. What is written here is kept when the process is
 /// killed.
 ///
@@ -42,6 +45,7 @@ impl Slot {
     pub fn attached(&self) {
         if self.enter(Phase::Attached) {
             self.ledger.layout().attached.fetch_add(1, Ordering::Relaxed);
+            self.ledger.set_warm(false);
         }
     }
 
@@ -85,7 +89,38 @@ impl Slot {
         self.record().record.stays[place_of(reason)].fetch_add(pages, Ordering::Relaxed);
     }
 
-    /// Counts a fault that took `latency` from when it was read to when its thread was woken.
+    /// Takes a part of what the processes leave of the budget, and returns how much more than
+    /// `resident` bytes this one may have at home before it asks again. All of it where it is alone;
+    /// else half if it is `wanted` now, and little if not.
+    ///
+    /// No two processes get the same. Each says what it takes before it looks at what the others
+    /// have taken, and gives back what is too much; so of two at the same time one at least sees both
+    /// (both are SeqCst).
+    pub fn promise(&self, resident: u64, wanted: bool) -> u64 {
+        let budget = self.ledger.config_budget();
+        let (others, processes) = self.ledger.promised_to_others(self.index);
+        let free = budget.saturating_sub(others).saturating_sub(resident);
+        let more = match (processes, wanted) {
+            (0, _) => free,
+            (_, true) => free / 2,
+            (_, false) => (free / 2).min(UNWANTED),
+        };
+        let promised = &self.record().promised;
+        promised.store(resident.saturating_add(more), Ordering::SeqCst);
+        let (others, _) = self.ledger.promised_to_others(self.index);
+        let all = others.saturating_add(resident).saturating_add(more);
+        let more = more.saturating_sub(all.saturating_sub(budget));
+        promised.store(resident.saturating_add(more), Ordering::SeqCst);
+        more
+    }
+
+    /// Counts a wait for room.
+    pub fn waited(&self, time: Duration) {
+        self.record().record.waits[bucket_of(time)].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a fault that took `latency` from when it was read, without the wait for room, to when
+    /// its thread was woken.
     pub fn fault_served(&self, latency: Duration) {
         self.record().record.latency[bucket_of(latency)].fetch_add(1, Ordering::Relaxed);
     }

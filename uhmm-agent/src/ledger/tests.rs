@@ -9,6 +9,8 @@ fn config() -> Config {
         device: OsString::from_vec(b"file:/tmp/\xff".to_vec()),
         policy: "second-chance".to_owned(),
         verify: true,
+        announced: true,
+        attach_at: Some(0),
     }
 }
 

@@ -22,6 +22,8 @@ pub(crate) struct Account {
     others: u64,
     device: u64,
     current: u64,
+    /// The kernel's own figures when they were last read.
+    footprint: Footprint,
     /// When the next exact count may be.
     due: Instant,
 }
@@ -51,7 +53,8 @@ impl Account {
     /// Counts for the first time.
     pub(crate) fn new(process: &Process) -> Account {
         let now = Instant::now();
-        let mut account = Account { others: 0, device: 0, current: 0, due: now };
+        let footprint = Footprint::default();
+        let mut account = Account { others: 0, device: 0, current: 0, footprint, due: now };
         account.note(&Survey::take(process), 0, now);
         account
     }
@@ -59,13 +62,14 @@ impl Account {
     /// Returns how much there is at home, in bytes, by the kernel's count.
     pub(crate) fn estimate(&mut self, device: u64) -> u64 {
         let others = (self.others + device).saturating_sub(self.device);
-        self.current = anonymous_bytes().saturating_sub(others);
+        self.footprint = Footprint::read();
+        self.current = self.footprint.anonymous.saturating_sub(others);
         self.current
     }
 
-    /// Returns what was last found, less what has left since.
-    pub(crate) fn current(&self) -> u64 {
-        self.current
+    /// Returns the kernel's figures when they were last read.
+    pub(crate) fn footprint(&self) -> Footprint {
+        self.footprint
     }
 
     /// Notes that pages have left.
@@ -93,28 +97,62 @@ impl Account {
 
     fn note(&mut self, survey: &Survey, device: u64, began: Instant) {
         self.current = survey.pages * PAGE_SIZE as u64;
-        self.others = anonymous_bytes().saturating_sub(self.current);
+        self.footprint = Footprint::read();
+        self.others = self.footprint.anonymous.saturating_sub(self.current);
         self.device = device;
         self.due = Instant::now() + (began.elapsed() * COUNTING).max(Duration::from_millis(10));
     }
 }
 
+/// What the kernel counts for this process, in bytes; 0 where it does not tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Footprint {
+    /// What is mapped.
+    pub(crate) mapped: u64,
+    /// Memory without a file.
+    pub(crate) anonymous: u64,
+    /// Memory of files, and shared.
+    pub(crate) others: u64,
+}
+
+impl Footprint {
+    /// Reads it.
+    pub(crate) fn read() -> Footprint {
+        let mut text = [0_u8; 128];
+        let read = std::fs::File::open("/proc/self/statm")
+            .and_then(|mut file| std::io::Read::read(&mut file, &mut text));
+        let text = str::from_utf8(&text[..read.unwrap_or(0)]).unwrap_or("");
+        Footprint::parse(text).unwrap_or_default()
+    }
+
+    /// Finds it in the text of a `statm` file: the first field is what is mapped, the second what of
+    /// that is in memory, the third what of that is of files and shared (proc_pid_statm(5)).
+    fn parse(statm: &str) -> Option<Footprint> {
+        let mut fields = statm.split(' ').map(|field| field.trim().parse::<u64>());
+        let mut pages = || fields.next()?.ok();
+        let (mapped, resident, shared) = (pages()?, pages()?, pages()?);
+        let bytes = |pages: u64| pages * PAGE_SIZE as u64;
+        let anonymous = bytes(resident.saturating_sub(shared));
+        Some(Footprint { mapped: bytes(mapped), anonymous, others: bytes(shared) })
+    }
+}
+
+/// Returns how much memory the program has locked, in bytes; 0 where the kernel does not tell.
+pub(crate) fn locked_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    locked_in(&status).unwrap_or(0)
+}
+
+/// Finds it in the text of a `status` file (proc_pid_status(5)).
+fn locked_in(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmLck:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
 /// Returns how much memory without a file the kernel counts for this process, in bytes; 0 where it
 /// does not tell.
 pub(crate) fn anonymous_bytes() -> u64 {
-    let mut text = [0_u8; 128];
-    let read = std::fs::File::open("/proc/self/statm")
-        .and_then(|mut file| std::io::Read::read(&mut file, &mut text));
-    let text = str::from_utf8(&text[..read.unwrap_or(0)]).unwrap_or("");
-    anonymous_in(text).unwrap_or(0) * PAGE_SIZE as u64
-}
-
-/// Finds it in the text of a `statm` file: the second field is what is in memory, the third what of
-/// that is of files and shared (proc_pid_statm(5)).
-fn anonymous_in(statm: &str) -> Option<u64> {
-    let mut fields = statm.split(' ').skip(1).map(|field| field.trim().parse::<u64>());
-    let (resident, shared) = (fields.next()?.ok()?, fields.next()?.ok()?);
-    Some(resident.saturating_sub(shared))
+    Footprint::read().anonymous
 }
 
 /// Returns how much of `budget` is for a process that has `own` of `all` bytes: all that the others
@@ -134,11 +172,20 @@ mod tests {
 
     #[test]
     fn memory_without_a_file_is_found_in_what_the_kernel_says() {
-        assert_eq!(anonymous_in("1000 300 120 5 0 400 0\n"), Some(180));
-        assert_eq!(anonymous_in("1000 100 120 5 0 400 0\n"), Some(0));
-        assert_eq!(anonymous_in("1000"), None);
-        assert_eq!(anonymous_in("a b c"), None);
+        let anonymous = |text| Footprint::parse(text).map(|found| found.anonymous);
+        assert_eq!(anonymous("1000 300 120 5 0 400 0\n"), Some(180 * PAGE_SIZE as u64));
+        assert_eq!(anonymous("1000 100 120 5 0 400 0\n"), Some(0));
+        assert_eq!(anonymous("1000 300\n"), None);
+        assert_eq!(anonymous("a b c"), None);
+        let mapped = Footprint::parse("7 3 1").map(|found| found.mapped);
+        assert_eq!(mapped, Some(7 * PAGE_SIZE as u64));
         assert!(anonymous_bytes() > 0);
+    }
+
+    #[test]
+    fn locked_memory_is_found_in_what_the_kernel_says() {
+        assert_eq!(locked_in("Name:\ta\nVmLck:\t      12 kB\nVmPin:\t 0 kB\n"), Some(12 << 10));
+        assert_eq!(locked_in("Name:\ta\n"), None);
     }
 
     #[test]

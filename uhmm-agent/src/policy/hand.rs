@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use uhmm::{DevicePagemap, Page, PageRange, StayReason};
+use uhmm::{DevicePagemap, MigrateReport, Page, PageRange, StayReason};
 use uhmm_linux::Process;
 
 use super::account::Survey;
 use super::recall::Recall;
 use crate::ledger::{Counter, Slot};
+use crate::verify::{Book, moves_of};
 
 /// How many pages leave together. Who touches one of them waits until all have left.
 const BATCH: u64 = 64;
@@ -22,11 +23,13 @@ pub(crate) struct Hand {
     /// How many parts of the survey have been passed.
     passed: usize,
     recall: Arc<Recall>,
+    /// Where it is noted what leaves, if somebody verifies that.
+    book: Option<Arc<Book>>,
 }
 
 impl Hand {
-    pub(crate) fn new(recall: Arc<Recall>) -> Hand {
-        Hand { survey: Survey::default(), next: 0, from: None, passed: 0, recall }
+    pub(crate) fn new(recall: Arc<Recall>, book: Option<Arc<Book>>) -> Hand {
+        Hand { survey: Survey::default(), next: 0, from: None, passed: 0, recall, book }
     }
 
     /// Tells whether all that the survey has found was passed.
@@ -57,8 +60,11 @@ impl Hand {
         let mut rounds = 0;
         while moved < pages && rounds < 2 && !self.survey.runs.is_empty() {
             let Some(batch) = self.next_batch(&mut rounds, pages - moved) else { continue };
-            let report = process.migrate(batch, to).run();
+            let report = self.take(process, batch, to);
             moved += report.moved;
+            if self.recall.left(report.moved) {
+                process.resume_growth();
+            }
             let busy =
                 report.stayed.first().is_some_and(|stayed| stayed.reason == StayReason::Busy);
             slot.add(Counter::PagesOut, report.moved);
@@ -77,6 +83,16 @@ impl Hand {
             self.passed = self.survey.runs.len();
         }
         moved
+    }
+
+    /// Moves pages to the device, and notes what is in them where that is asked for.
+    fn take(&self, process: &Process, pages: PageRange, to: &Arc<DevicePagemap>) -> MigrateReport {
+        let Some(book) = &self.book else { return process.migrate(pages, to).run() };
+        // Before the pages are taken: see `verify`.
+        let moves = moves_of(process);
+        let migration = process.migrate(pages, to);
+        migration.for_each_page(|page, bytes| book.note(page, bytes, moves));
+        migration.run()
     }
 
     /// Returns pages that are to leave, and moves on; `None` if what comes next stays.

@@ -11,9 +11,19 @@
 //! | [`account`] | how much there is |
 //! | [`hand`] | what leaves |
 //! | [`recall`] | what comes home along with a page that is touched, and has a second chance |
+//! | [`growth`] | what new memory comes along with a page that is touched for the first time |
+//! | [`staying`] | nothing: how much cannot leave, for the report |
+//! | [`streams`] | who goes from page to page |
 //! | [`room`] | who waits until something has left |
 
+/// The name of the policy: what the `policy` of a [`Config`](crate::ledger::Config) is. There is no
+/// other, and a process that is to have another is not managed.
+pub const POLICY: &str = "second-chance";
+
 pub(crate) mod account;
+pub(crate) mod growth;
 pub(crate) mod hand;
 pub(crate) mod recall;
 pub(crate) mod room;
+pub(crate) mod staying;
+pub(crate) mod streams;

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use uhmm::policy::{CpuFault, HomePlan, Location, MigrateCause, Moved, Policy};
 use uhmm::{Order, Page, PageRange};
 
-use super::room::Room;
+use super::room::{Room, Taken};
+use super::streams::{Streams, part_at};
 use crate::ledger::{Counter, Slot};
 
 /// The unit of second chances: 16 pages.
@@ -17,16 +18,18 @@ const BLOCK: Order = Order::new(4).expect("4 is an order");
 /// How many blocks are remembered that came home: 64 GiB of them.
 const MOST_NEEDED: usize = 1 << 20;
 
-/// How many streams are followed at a time.
-const STREAMS: usize = 16;
-
-/// How much comes home for a touch that is part of no stream, and at most for one that is, in pages.
-const ALONE: u64 = 1;
+/// How many pages come home at a time at most, where the program goes from page to page.
 const LONGEST: u64 = 128;
 
 thread_local! {
-    /// When the fault began that this thread serves.
+    /// When the fault began that this thread serves, without the time that it waited for room.
     static BEGAN: Cell<Option<Instant>> = const { Cell::new(None) };
+
+    /// Whether this thread has taken room for a page that it is yet to ask about.
+    static GRANTED: Cell<bool> = const { Cell::new(false) };
+
+    /// How much room this thread has taken for pages that have not come.
+    static UNUSED: Cell<u64> = const { Cell::new(0) };
 }
 
 /// Follows what comes home. See the [module](self).
@@ -38,66 +41,11 @@ pub(crate) struct Recall {
     streams: Mutex<Streams>,
 }
 
-/// Touches one after the other, upwards or downwards.
-#[derive(Clone, Copy, Debug, Default)]
-struct Stream {
-    /// The page after the last that came home, and the one before the first.
-    above: u64,
-    below: u64,
-    /// How much came home.
-    pages: u64,
-    /// When it was last followed.
-    used: u64,
-}
-
-#[derive(Debug, Default)]
-struct Streams {
-    streams: [Stream; STREAMS],
-    faults: u64,
-}
-
-impl Streams {
-    /// Returns what is to come home for a touch of `page`.
-    fn follow(&mut self, page: Page) -> PageRange {
-        self.faults += 1;
-        let number = page.number();
-        let near = |edge: u64| number.abs_diff(edge) <= 1;
-        let known = self
-            .streams
-            .iter()
-            .position(|stream| stream.pages > 0 && (near(stream.above) || near(stream.below)));
-        let (place, first, pages) = match known {
-            Some(place) => {
-                let stream = self.streams[place];
-                let pages = (stream.pages * 2).min(LONGEST);
-                let first = match near(stream.above) {
-                    true => number,
-                    false => number.saturating_sub(pages - 1),
-                };
-                (place, first, pages)
-            }
-            None => {
-                let oldest = self.streams.iter().enumerate().min_by_key(|(_, stream)| stream.used);
-                let place = oldest.map_or(0, |(place, _)| place);
-                (place, number / ALONE * ALONE, ALONE)
-            }
-        };
-        let range = Page::new(first).and_then(|first| PageRange::from_pages(first, pages).ok());
-        let range = range.unwrap_or_else(|| page.into());
-        self.streams[place] = Stream {
-            above: range.last().number() + 1,
-            below: range.first().number().saturating_sub(1),
-            pages,
-            used: self.faults,
-        };
-        range
-    }
-}
-
 impl Recall {
     /// Makes it for the process of `slot`.
     pub(crate) fn new(slot: Arc<Slot>, room: Arc<Room>) -> Recall {
-        Recall { slot, room, needed: Mutex::default(), streams: Mutex::default() }
+        let streams = Mutex::new(Streams::new(LONGEST));
+        Recall { slot, room, needed: Mutex::default(), streams }
     }
 
     /// Returns the first of `pages`, at most `most`, and whether they are to leave: not if they have
@@ -128,20 +76,50 @@ impl Recall {
     }
 }
 
+impl Recall {
+    /// Takes room for a page, and waits for it.
+    fn wait_for_room(&self) {
+        let began = Instant::now();
+        let taken = self.room.take();
+        if taken != Taken::AtOnce {
+            self.slot.add(Counter::Throttled, 1);
+            self.slot.waited(began.elapsed());
+        }
+        if taken == Taken::Over {
+            self.slot.add(Counter::WentOver, 1);
+        }
+    }
+
+    /// Notes that pages have left, and tells whether somebody waits for the word that there is room.
+    pub(crate) fn left(&self, pages: u64) -> bool {
+        self.room.add(pages)
+    }
+}
+
 impl Policy for Recall {
     fn name(&self) -> &'static str {
         "recall"
     }
 
+    /// Where there is room nobody waits. It is taken now, for the fault that this thread asks about
+    /// next.
+    fn is_prompt(&self) -> bool {
+        GRANTED.set(GRANTED.get() || self.room.take_some(1) == 1);
+        GRANTED.get()
+    }
+
     fn cpu_fault(&self, fault: &CpuFault, plan: &mut HomePlan) {
-        BEGAN.set(Some(Instant::now()));
-        if self.room.wait() {
-            self.slot.add(Counter::Throttled, 1);
+        self.room.give_back(UNUSED.take());
+        if !GRANTED.take() {
+            self.wait_for_room();
         }
+        BEGAN.set(Some(Instant::now()));
         let range = lock(&self.streams).follow(fault.page);
-        let first = range.first().min(plan.range.first());
-        let last = range.last().max(plan.range.last());
-        plan.range = PageRange::from_bounds(first, last).unwrap_or(plan.range);
+        let more = self.room.take_some(range.pages() - 1);
+        UNUSED.set(1 + more);
+        let range = part_at(fault.page, range, 1 + more);
+        // Not all of a huge page for a touch of one: who wants the rest gets it as any stream does.
+        plan.range = range;
         plan.nap = Duration::ZERO;
     }
 
@@ -154,6 +132,7 @@ impl Policy for Recall {
             return;
         }
         self.slot.add(Counter::PagesTouched, moved.pages.pages());
+        UNUSED.set(UNUSED.get().saturating_sub(moved.pages.pages()));
         if let Some(began) = BEGAN.take() {
             self.slot.fault_served(began.elapsed());
         }
@@ -175,7 +154,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use uhmm::Owner;
+    use uhmm::{Owner, SpaceId};
 
     use super::*;
     use crate::ledger::{Config, Ledger};
@@ -194,6 +173,8 @@ mod tests {
             device: "lz4".into(),
             policy: "clock".to_owned(),
             verify: false,
+            announced: false,
+            attach_at: None,
         };
         let ledger = Ledger::create(&config).expect("there is memory");
         let slot = ledger.claim(std::process::id(), "test".as_ref()).expect("there is a slot");
@@ -212,35 +193,35 @@ mod tests {
     }
 
     #[test]
-    fn touches_here_and_there_bring_one_page_each() {
-        let mut streams = Streams::default();
-        for number in [1000, 5000, 300, 7777] {
-            assert_eq!(streams.follow(page(number)), pages(number, 1));
-        }
+    fn who_is_told_that_there_is_room_does_not_wait_for_it() {
+        let recall = recall();
+        recall.room.set(0, Some(1), 0);
+        assert!(recall.is_prompt());
+        assert!(recall.is_prompt(), "asked twice, it is taken once");
+        let came = page(100);
+        let (space, owner, now) = (SpaceId::new(), Owner::new(), Duration::ZERO);
+        let fault = CpuFault { space, owner, page: came, order: Order::PAGE, now };
+        let mut plan = HomePlan { range: came.into(), nap: Duration::ZERO };
+        recall.cpu_fault(&fault, &mut plan);
+        assert_eq!((plan.range, recall.room.taken()), (came.into(), 1));
+        let totals = recall.slot.ledger().totals();
+        assert_eq!(totals.numbers.counter(Counter::Throttled), 0);
+        assert!(!recall.is_prompt(), "there is no room for another");
     }
 
     #[test]
-    fn who_goes_upwards_gets_twice_as_much_each_time() {
-        let mut streams = Streams::default();
-        let mut next = 4096;
-        for expected in [1, 2, 4, 8, 16, 32, 64, 128, 128] {
-            let range = streams.follow(page(next));
-            assert_eq!(range, pages(next, expected));
-            // Another thread touches elsewhere meanwhile.
-            streams.follow(page(next * 100));
-            next += expected;
+    fn a_touch_brings_a_page_and_not_the_huge_page_that_it_was_in() {
+        let recall = recall();
+        let mut came = Vec::new();
+        for number in [5000, 5001, 5003, 700] {
+            let page = page(number);
+            let (space, owner) = (SpaceId::new(), Owner::new());
+            let fault = CpuFault { space, owner, page, order: Order::HUGE, now: Duration::ZERO };
+            let mut plan = HomePlan { range: page.block(Order::HUGE), nap: Duration::ZERO };
+            recall.cpu_fault(&fault, &mut plan);
+            came.push((plan.range.first().number(), plan.range.pages()));
         }
-    }
-
-    #[test]
-    fn who_goes_downwards_gets_what_is_below() {
-        let mut streams = Streams::default();
-        assert_eq!(streams.follow(page(900)), pages(900, 1));
-        assert_eq!(streams.follow(page(899)), pages(898, 2));
-        assert_eq!(streams.follow(page(897)), pages(894, 4));
-        // At the bottom of the address space too.
-        assert_eq!(streams.follow(page(1)), pages(1, 1));
-        assert!(streams.follow(page(0)).contains(page(0)));
+        assert_eq!(came, [(5000, 1), (5001, 2), (5003, 4), (700, 1)]);
     }
 
     #[test]

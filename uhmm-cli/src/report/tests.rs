@@ -9,6 +9,8 @@ fn arguments() -> args::Run {
         device: OsString::from("lz4"),
         policy: "second-chance".to_owned(),
         verify: false,
+        announced: false,
+        attach_at: None,
         json: false,
         report: None,
         quiet: false,
@@ -23,6 +25,8 @@ fn config() -> Config {
         device: OsString::from("lz4"),
         policy: "second-chance".to_owned(),
         verify: false,
+        announced: false,
+        attach_at: None,
     }
 }
 
@@ -52,6 +56,10 @@ fn report() -> Report {
     other.add(Counter::ForkOverrun, 77);
     (0..90).for_each(|_| slot.fault_served(Duration::from_micros(10)));
     (0..10).for_each(|_| slot.fault_served(Duration::from_micros(90)));
+    (0..3).for_each(|_| slot.waited(Duration::from_micros(10)));
+    other.add(Counter::WentOver, 1);
+    slot.set(Gauge::Files, 7 << 20);
+    other.set(Gauge::Reserved, 1 << 20);
     slot.stayed(uhmm::StayReason::Locked, 5);
     slot.stayed(uhmm::StayReason::Pinned, 6);
     slot.warn("no filter");
@@ -74,6 +82,7 @@ uhmm: sort: ended by SIGTERM after 12.3 s
   budget       64.0 MiB; at home at most 60.0 MiB; without a budget 160 MiB
   device       lz4: at most 100 MiB away, kept in 25.0 MiB (4.0 : 1); of this 3.0 MiB zeroes, 1.0 MiB \
 incompressible
+  unmanaged    at most 7.0 MiB of files, 1.0 MiB that serving a fault may need
   pages        1,234,567 moved out, 1,000 brought home
   invalidated  3 unmapped while away
   fork         77 pages came home for forks, whatever the budget
@@ -84,6 +93,8 @@ incompressible
                <   32 us           0
                <   65 us           0
                <  131 us          10 #####
+  waits        3 for room: p50 < 16 us, p90 < 16 us, p99 < 16 us, max < 16 us
+               1 of them in vain: the program went on without
   processes    2 managed of 2
                1 go on; what they do from now on is in no report
   not managed  1: no room
@@ -114,6 +125,9 @@ fn programs_read_the_same() {
         ("/budget_bytes", (64_u64 << 20).into()),
         ("/peak_bytes/resident", (60_u64 << 20).into()),
         ("/peak_bytes/needed", (160_u64 << 20).into()),
+        ("/peak_bytes/warm", 0.into()),
+        ("/staying_bytes/files", (7_u64 << 20).into()),
+        ("/room_waits/count", 3.into()),
         ("/compression/ratio", 4.0.into()),
         ("/compression/zero_bytes", (3 << 20).into()),
         ("/counts/pages_out", 1_234_567.into()),

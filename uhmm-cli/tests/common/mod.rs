@@ -1,6 +1,8 @@
 //! What the tests of the command share.
 #![allow(dead_code, reason = "no test uses all of it")]
 
+pub(crate) mod install;
+
 use std::ffi::OsStr;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
@@ -134,7 +136,13 @@ impl Running {
     /// Waits until it has ended.
     #[track_caller]
     pub(crate) fn end(&mut self) -> ExitStatus {
-        until("the process ends", || self.child.try_wait().expect("it is ours"))
+        self.end_within(PATIENCE)
+    }
+
+    /// Waits until it has ended, for as long as it may take.
+    #[track_caller]
+    pub(crate) fn end_within(&mut self, patience: Duration) -> ExitStatus {
+        until_within(patience, "the process ends", || self.child.try_wait().expect("it is ours"))
     }
 
     /// Waits until it has stopped.
@@ -166,13 +174,19 @@ pub(crate) fn send(pid: Pid, signal: Signal) {
 
 /// Looks until there is something.
 #[track_caller]
-pub(crate) fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+pub(crate) fn until<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    until_within(PATIENCE, what, look)
+}
+
+/// Looks until there is something, for as long as that may take.
+#[track_caller]
+fn until_within<T>(patience: Duration, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(found) = look() {
             return found;
         }
-        assert!(Instant::now() < deadline, "waited {PATIENCE:?} until {what}");
+        assert!(Instant::now() < deadline, "waited {patience:?} until {what}");
         std::thread::sleep(LOOK);
     }
 }
@@ -186,6 +200,12 @@ pub(crate) fn state_of(pid: Pid) -> Option<char> {
 /// Runs it to its end.
 #[track_caller]
 pub(crate) fn output(command: &mut Command) -> Output {
+    output_within(PATIENCE, command)
+}
+
+/// Runs it to its end, for as long as it may take.
+#[track_caller]
+pub(crate) fn output_within(patience: Duration, command: &mut Command) -> Output {
     let mut running = Running::start(command.stderr(Stdio::piped()));
     running.hang_up();
     let mut errors = running.child.stderr.take().expect("it is piped");
@@ -196,7 +216,7 @@ pub(crate) fn output(command: &mut Command) -> Output {
         // Nobody waits for it if the test has failed.
         let _ = said.send(text);
     });
-    let status = running.end();
+    let status = running.end_within(patience);
     let mut stdout = Vec::new();
     while let Ok(line) = running.lines.recv_timeout(PATIENCE) {
         stdout.extend(line);

@@ -55,6 +55,8 @@ pub struct LocalMemory {
     allocator: Mutex<Allocator>,
     injector: Injector,
     violations: Arc<Violations>,
+    /// Whether checksums are kept.
+    checksums: bool,
 }
 
 struct Allocator {
@@ -72,6 +74,8 @@ struct FrameState {
     leaving: bool,
     /// `None` until something is written.
     bytes: Option<Box<[u8; PAGE_SIZE]>>,
+    /// The checksum of what the copy engine has put there, until a kernel writes.
+    checksum: Option<u32>,
 }
 
 impl LocalMemory {
@@ -82,7 +86,13 @@ impl LocalMemory {
     ) -> LocalMemory {
         let chunks = (0..capacity.div_ceil(CHUNK)).map(|_| OnceLock::new()).collect();
         let allocator = Allocator { buddy: Buddy::new(capacity), stamps: 0 };
-        LocalMemory { capacity, chunks, allocator: Mutex::new(allocator), injector, violations }
+        let allocator = Mutex::new(allocator);
+        LocalMemory { capacity, chunks, allocator, injector, violations, checksums: false }
+    }
+
+    /// Keeps checksums from now on.
+    pub(crate) fn with_checksums(self) -> LocalMemory {
+        LocalMemory { checksums: true, ..self }
     }
 
     /// Returns how many pages are free.
@@ -209,6 +219,7 @@ impl LocalMemory {
                     }
                     state.leaving = true;
                     state.read(0, &mut bytes);
+                    self.judge_contents(state, from, &bytes);
                 });
                 system.write(Frame(to.0 + index), 0, &bytes);
             }
@@ -221,8 +232,20 @@ impl LocalMemory {
             self.judge_copy(state, frame);
             if state.used.is_some() {
                 *state.bytes_mut() = *bytes;
+                state.checksum = self.checksums.then(|| crc32fast::hash(bytes));
             }
         });
+    }
+
+    fn judge_contents(&self, state: &FrameState, frame: DeviceFrame, bytes: &[u8; PAGE_SIZE]) {
+        let Some(expected) = state.checksum else { return };
+        let found = crc32fast::hash(bytes);
+        if found != expected {
+            self.violations.report(format!(
+                "the device memory at {frame:?} is not what was stored there: its checksum is \
+                 {found:#010x} and was {expected:#010x}"
+            ));
+        }
     }
 
     fn judge_copy(&self, state: &FrameState, frame: DeviceFrame) {
@@ -300,7 +323,9 @@ impl FrameState {
         }
     }
 
+    /// Returns what is there, to be changed: from here on it has no checksum.
     fn bytes_mut(&mut self) -> &mut [u8; PAGE_SIZE] {
+        self.checksum = None;
         let pattern = self.pattern();
         self.bytes.get_or_insert_with(|| Box::new([pattern; PAGE_SIZE]))
     }
@@ -312,5 +337,52 @@ impl fmt::Debug for LocalMemory {
             .field("capacity", &self.capacity)
             .field("available", &self.available())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+
+    /// System memory whose pages are all of one byte, the number of the frame.
+    struct Uniform;
+
+    impl SystemMemory for Uniform {
+        fn read(&self, frame: Frame, _: usize, bytes: &mut [u8]) {
+            bytes.fill(frame.0 as u8);
+        }
+
+        fn write(&self, _: Frame, _: usize, _: &[u8]) {}
+
+        fn fetch_update(&self, _: Frame, _: usize, _: &mut dyn FnMut(u64) -> u64) -> u64 {
+            unreachable!("nothing is updated here")
+        }
+    }
+
+    fn copy(memory: &LocalMemory, kind: CopyKind) {
+        memory.copy(&Uniform, &mut [CopyJob::new(kind, Order::PAGE)]);
+    }
+
+    #[test]
+    fn what_decays_in_memory_is_noticed_when_it_is_copied_out() {
+        let violations = Arc::new(Violations::default());
+        let memory = LocalMemory::new(4, Injector::new(), Arc::clone(&violations));
+        let memory = memory.with_checksums();
+        let frame = memory.allocate(Order::PAGE).expect("there is room");
+        copy(&memory, CopyKind::In { from: Frame(7), to: frame });
+        copy(&memory, CopyKind::Out { from: frame, to: Frame(7) });
+        assert_eq!(violations.list(), [""; 0], "it is what it was");
+
+        // What a kernel writes is no decay.
+        let stamp = memory.enter(frame).expect("it is in use");
+        memory.write(frame, stamp, 9, &[1, 2, 3]);
+        copy(&memory, CopyKind::Out { from: frame, to: Frame(7) });
+        assert_eq!(violations.list(), [""; 0], "a kernel may write");
+
+        copy(&memory, CopyKind::In { from: Frame(8), to: frame });
+        memory.with(frame, |state| state.bytes.as_mut().expect("it was filled")[4000] ^= 1);
+        copy(&memory, CopyKind::Out { from: frame, to: Frame(8) });
+        let found = violations.list();
+        assert!(found.len() == 1 && found[0].contains("not what was stored"), "{found:?}");
     }
 }

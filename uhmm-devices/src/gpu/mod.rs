@@ -70,7 +70,7 @@ use fault_buffer::FaultBuffer;
 use flush::Promptness;
 use tables::Tables;
 use tree::Leaf;
-use violations::Violations;
+use violations::{Alarm, Violations};
 
 /// A GPU in software. See the [module](self).
 pub struct SoftGpu {
@@ -84,7 +84,7 @@ pub struct SoftGpu {
 }
 
 /// How a [`SoftGpu`] is made. The defaults are a small GPU that works.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct SoftGpuOptions {
     memory_pages: u64,
     pagemap: PagemapOptions,
@@ -97,6 +97,9 @@ pub struct SoftGpuOptions {
     max_replays: u32,
     patience: Duration,
     break_flush: bool,
+    checksums: bool,
+    observed: bool,
+    alarm: Option<Alarm>,
 }
 
 /// When sleeping contexts are woken to try again (feature F62).
@@ -198,6 +201,32 @@ impl SoftGpuOptions {
         self
     }
 
+    /// Makes the memory keep a checksum of each page that the copy engine has filled. A page that is
+    /// copied out and is not what was copied in, though no kernel has written to it, is a
+    /// [violation](SoftGpu::violations). The default keeps none.
+    #[must_use]
+    pub fn checksums(mut self, checksums: bool) -> SoftGpuOptions {
+        self.checksums = checksums;
+        self
+    }
+
+    /// Says that the GPU is for address spaces whose changes are only
+    /// [observed](uhmm::Coherence::Observed): an entry that contradicts what nobody has invalidated yet
+    /// is no violation there.
+    #[must_use]
+    pub fn observed(mut self) -> SoftGpuOptions {
+        self.observed = true;
+        self
+    }
+
+    /// Sets what is called with each [violation](SoftGpu::violations), where it is found. It runs
+    /// under any of the GPU's locks, and uses neither the GPU nor the address space.
+    #[must_use]
+    pub fn alarm(mut self, alarm: impl Fn(&str) + Send + Sync + 'static) -> SoftGpuOptions {
+        self.alarm = Some(Arc::new(alarm));
+        self
+    }
+
     /// Makes the GPU one that never flushes its TLBs and walk caches, and says that it did: the
     /// defect that tests must find.
     #[must_use]
@@ -221,16 +250,41 @@ impl Default for SoftGpuOptions {
             max_replays: 1_000_000,
             patience: Duration::from_secs(60),
             break_flush: false,
+            checksums: false,
+            observed: false,
+            alarm: None,
         }
+    }
+}
+
+impl fmt::Debug for SoftGpuOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SoftGpuOptions")
+            .field("memory_pages", &self.memory_pages)
+            .field("pagemap", &self.pagemap)
+            .field("injector", &self.injector)
+            .field("tlb_entries", &self.tlb_entries)
+            .field("fault_buffer", &self.fault_buffer)
+            .field("batch", &self.batch)
+            .field("replay", &self.replay)
+            .field("max_retries", &self.max_retries)
+            .field("max_replays", &self.max_replays)
+            .field("patience", &self.patience)
+            .field("break_flush", &self.break_flush)
+            .field("checksums", &self.checksums)
+            .field("observed", &self.observed)
+            .field("alarm", &self.alarm.is_some())
+            .finish()
     }
 }
 
 impl SoftGpu {
     /// Makes a GPU and registers its memory.
     pub fn new(options: SoftGpuOptions) -> Arc<SoftGpu> {
-        let violations = Arc::new(Violations::default());
+        let violations = Arc::new(Violations::new(options.alarm.clone(), options.observed));
         let (pages, injector) = (options.memory_pages, options.injector.clone());
-        let memory = Arc::new(LocalMemory::new(pages, injector, Arc::clone(&violations)));
+        let memory = LocalMemory::new(pages, injector, Arc::clone(&violations));
+        let memory = Arc::new(if options.checksums { memory.with_checksums() } else { memory });
         let pagemap = (pages > 0)
             .then(|| DevicePagemap::register_with(memory.clone(), options.pagemap.clone()));
         let clock = pagemap.as_ref().map_or_else(Clock::system, |own| own.clock().clone());

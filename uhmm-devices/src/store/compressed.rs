@@ -361,6 +361,10 @@ impl DeviceMemory for Compressed {
         frame.ok_or(OutOfDeviceMemory { order })
     }
 
+    fn is_prompt(&self) -> bool {
+        true
+    }
+
     fn free(&self, frame: DeviceFrame, order: Order) {
         let idle = self.frames.free(frame, order, |entry| {
             let entry = std::mem::take(entry);

@@ -258,6 +258,10 @@ impl DeviceMemory for Store {
         self.device().allocate(order)
     }
 
+    fn is_prompt(&self) -> bool {
+        self.device().is_prompt()
+    }
+
     fn free(&self, frame: DeviceFrame, order: Order) {
         self.device().free(frame, order);
     }

@@ -40,9 +40,14 @@
 mod filter;
 mod ranges;
 mod relay;
+#[cfg(test)]
+mod relay_tests;
+mod sync;
 pub(crate) mod table;
 
 use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
@@ -52,6 +57,7 @@ use smallvec::SmallVec;
 use self::ranges::Change;
 use self::relay::Relay;
 use self::table::Call;
+use crate::mutant::{dawdle, mutant};
 use crate::space::{Space, fatal, lock};
 use crate::sys::fork::ForkMark;
 use crate::sys::keeper::{Board, Keeper, SLOTS};
@@ -298,7 +304,12 @@ fn execute(index: usize, space: Arc<Space>, warm: &Sender<()>, told: &Receiver<A
     // Nothing comes if there is no filter.
     let Ok(board) = told.recv() else { return };
     let announcer = ANNOUNCER.get().expect("it was made before anybody was told");
-    announcer.execute(&board.slot(index));
+    // A device has panicked, or we have. The thread whose call this was would wait for ever, and nobody
+    // knows what the device still uses.
+    let ended = catch_unwind(AssertUnwindSafe(|| announcer.execute(&board.slot(index))));
+    match ended {
+        Err(_) => fatal("an executor has panicked", Errno::FAULT),
+    }
 }
 
 impl Announcer {
@@ -310,7 +321,7 @@ impl Announcer {
                 let listener = self.listener();
                 match listener.receive(slot) {
                     Ok(call) => {
-                        let number = self.relay.begin();
+                        let number = self.relay.begin(lead);
                         let answer = self.handle(&call);
                         leads = self.relay.end(number, lead);
                         self.reply(call.id, answer);
@@ -374,13 +385,20 @@ impl Announcer {
     }
 
     fn make(&self, space: &Space, what: Call, call: &Notification) -> Answer {
+        if mutant!("nothing_is_announced") {
+            return Answer::Continue;
+        }
         let _one: Option<MutexGuard<'_, ()>> = (what == Call::Brk).then(|| lock(&self.brk));
         let change = match Change::find(what, call) {
             Ok(change) => change,
             Err(error) => return Answer::Made(Err(error)),
         };
-        let announced: SmallVec<[_; 2]> =
+        let mut announced: SmallVec<[_; 2]> =
             change.ranges.iter().map(|&range| space.announce(change.kind, range)).collect();
+        if mutant!("announcements_end_before_the_call") {
+            announced.clear();
+            dawdle();
+        }
         // After the announcement: what keeps a change waiting may itself be announcing.
         let turn = space.turns.change(&change.ranges);
         let answer = match change.by_thread {
@@ -388,6 +406,8 @@ impl Announcer {
             false => Answer::Made(proxy::make(i64::from(call.number), change.arguments)),
         };
         drop((turn, announced));
+        // Relaxed: a number.
+        space.counters.announced.fetch_add(1, Ordering::Relaxed);
         answer
     }
 }

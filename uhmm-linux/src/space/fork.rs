@@ -85,6 +85,7 @@ impl Space {
 
     pub(super) fn before_fork(&self) {
         self.reserve_this_thread();
+        count(&self.counters.forks, 1);
         let out = {
             let mut state = self.lock();
             state.forking += 1;
@@ -109,6 +110,8 @@ impl Space {
     fn be_silent(&self) {
         let mut state = self.lock();
         let state = &mut *state;
+        self.release_hold(state);
+        state.faults.extend(state.deferred.drain(..));
         self.sweep(state);
         if !allocator::is_installed() && !state.is_anything_out() {
             let pieces: Vec<_> = state.registered.iter().map(|(piece, _)| piece.clone()).collect();
@@ -288,6 +291,7 @@ impl Space {
     /// Notes a child. From here on no page is put into the parent's page table before the child has
     /// it.
     pub(super) fn adopt_child(&self, state: &mut State, uffd: Userfaultfd) {
+        count(&self.counters.forks, 1);
         let mut registered: Vec<_> =
             state.registered.iter().map(|(range, _)| range.clone()).collect();
         registered.extend(state.released.iter().cloned());

@@ -164,8 +164,15 @@ impl Kernel {
             | Categories::SWAPPED
             | Categories::PFNZERO
             | Categories::HUGE
+            | Categories::FILE
             | Categories::GUARD;
         self.pagemap.scan(range, any_of, report, out)
+    }
+
+    /// Reads the page table's entries of the pages of `range`.
+    pub(super) fn pagemap_entries(&self, range: PageRange, out: &mut [u64]) -> Result<(), Errno> {
+        self.step("scan", Errno::NOMEM)?;
+        self.pagemap.entries(range, out)
     }
 
     /// Tells whether a page is locked in memory.
@@ -180,6 +187,10 @@ impl Kernel {
 
     pub(super) fn vma(&self, page: Page) -> Result<Option<Vma>, Errno> {
         self.maps.at_or_after(page)
+    }
+
+    pub(super) fn mapping_name(&self, page: Page) -> Result<Vec<u8>, Errno> {
+        self.maps.name(page)
     }
 
     pub(super) fn read(&self, messages: &mut Messages) -> Result<usize, Errno> {

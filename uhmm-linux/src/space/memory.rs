@@ -67,20 +67,30 @@ impl ProcessMemory {
 
 impl SystemMemory for ProcessMemory {
     fn read(&self, frame: Frame, offset: usize, bytes: &mut [u8]) {
-        if let Some((pool, page)) = self.pool(frame) {
-            return pool.read(page, offset, bytes);
-        }
-        let address = (frame.0 << PAGE_SHIFT) + offset as u64;
-        let read = self.access(frame, offset, bytes.len(), || process_vm::read(address, bytes));
+        let read = self.try_read(frame, offset, bytes);
         bytes[read..].fill(0);
     }
 
     fn write(&self, frame: Frame, offset: usize, bytes: &[u8]) {
+        self.try_write(frame, offset, bytes);
+    }
+
+    fn try_read(&self, frame: Frame, offset: usize, bytes: &mut [u8]) -> usize {
         if let Some((pool, page)) = self.pool(frame) {
-            return pool.write(page, offset, bytes);
+            pool.read(page, offset, bytes);
+            return bytes.len();
         }
         let address = (frame.0 << PAGE_SHIFT) + offset as u64;
-        self.access(frame, offset, bytes.len(), || process_vm::write(address, bytes));
+        self.access(frame, offset, bytes.len(), || process_vm::read(address, bytes))
+    }
+
+    fn try_write(&self, frame: Frame, offset: usize, bytes: &[u8]) -> usize {
+        if let Some((pool, page)) = self.pool(frame) {
+            pool.write(page, offset, bytes);
+            return bytes.len();
+        }
+        let address = (frame.0 << PAGE_SHIFT) + offset as u64;
+        self.access(frame, offset, bytes.len(), || process_vm::write(address, bytes))
     }
 
     fn fetch_update(&self, frame: Frame, offset: usize, update: &mut dyn FnMut(u64) -> u64) -> u64 {

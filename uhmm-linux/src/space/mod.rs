@@ -34,10 +34,12 @@ mod desk;
 mod exclusive;
 mod fault;
 mod fork;
+mod growth;
 mod guardian;
 mod hash;
 mod home;
 mod host;
+mod inspect;
 mod isolation;
 pub(crate) mod kernel;
 
@@ -62,7 +64,7 @@ use mmu_notifier::{Event, EventKind, Owner, RangeInvalidation, Subscriptions};
 use rustix::io::Errno;
 use uhmm::backend::{Backend, Isolation, Select};
 use uhmm::{
-    Access, Coherence, Death, FaultError, Order, PAGE_SIZE, Page, PageEntry, PageRange, SpaceId,
+    Access, Coherence, Death, FaultError, PAGE_SIZE, Page, PageEntry, PageRange, SpaceId,
     SystemMemory,
 };
 
@@ -70,11 +72,13 @@ pub use host::HostMemory;
 use kernel::Kernel;
 use memory::ProcessMemory;
 use pool::{Pool, PoolBlock};
+pub use residency::Immovable;
 use serve::Servers;
 use state::State;
 use turns::Turns;
 
 use crate::announce::{self, Coverage, NoAnnouncement};
+use crate::growth::Growth;
 use crate::mutant::mutant;
 use crate::sys::region::{Region, RegionOptions};
 use crate::sys::sentinel::Sentinel;
@@ -93,8 +97,12 @@ pub(crate) struct Space {
     /// the kernel has no such memory. If `mlockall` has filled it, what asking moves from here is a
     /// zero for a page that was never touched.
     nothing: Option<Region>,
-    /// A page of zeroes.
+    /// Pages of zeroes.
     zeroes: PoolBlock,
+    /// Who decides about first touches.
+    growth: OnceLock<Arc<dyn Growth>>,
+    /// Whether those are to be asked about again that wait for room.
+    growth_resumes: AtomicBool,
     /// How long a page may fail to come home before the access to it fails.
     patience: Duration,
     memory: Arc<ProcessMemory>,
@@ -181,6 +189,10 @@ counters! {
     refused,
     /// Pages dropped since the program put something else in their place.
     replaced,
+    /// Calls of the program that were announced.
+    announced,
+    /// Children that were made, as far as is known.
+    forks,
     /// Pages that may only be read, and went back since they were pinned.
     given_back,
 }
@@ -206,7 +218,7 @@ impl Space {
             RegionOptions { dont_fork: true, grows: true, ..RegionOptions::default() };
         let unreadable = Region::reserve(PAGE_SIZE, inaccessible)?;
         let nothing = registration::nothing(&kernel);
-        let zeroes = buffers.allocate(Order::PAGE).ok_or(Errno::NOMEM)?;
+        let zeroes = growth::zeroes(&buffers)?;
         // It is there from now on: a copy from it is no fault.
         buffers.write(zeroes.first(), 0, &[0; 8]);
         let mut state = State::new();
@@ -237,6 +249,8 @@ impl Space {
             unreadable,
             nothing,
             zeroes,
+            growth: OnceLock::new(),
+            growth_resumes: AtomicBool::new(false),
             patience: parts.patience,
             state: Mutex::new(state),
             settling: Mutex::new(()),
@@ -285,7 +299,17 @@ impl Space {
     /// Announces a change that nobody can be interested in, so that everything that a thread needs for
     /// it has been made.
     pub(crate) fn try_announcement(&self) {
+        self.make_thread_locals();
         drop(self.announce(EventKind::Clear, self.unreadable.range()));
+    }
+
+    /// Has the calling thread make what it needs to find subscribers, where there are none too.
+    ///
+    /// That is a thread-local variable with a destructor, of which the C library notes in its heap.
+    /// The heap may be away when there is somebody to be found, and who finds them is who would bring
+    /// it home.
+    pub(crate) fn make_thread_locals(&self) {
+        self.notifiers.subscribed(self.unreadable.range().va_range());
     }
 
     /// Returns what the program's changes have met.

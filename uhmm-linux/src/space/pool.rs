@@ -15,20 +15,27 @@
 //! Neither region is inherited by a fork: a child that shared its pages would keep them from being
 //! moved back (`EBUSY`).
 //!
+//! That takes three calls, and each stops the program's other threads for a moment. So blocks of
+//! staging are not emptied one by one: they wait until there are some pages of them, and what lies
+//! side by side then is emptied together ([`Pool::UNCLEAN`]).
+//!
 //! # Locks
 //!
-//! One lock for each buddy, held for a few set operations and never across a call to the kernel.
+//! One lock for each buddy and one for the blocks that wait, never both; held for a few set operations
+//! and never across a call to the kernel.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use rangemap::RangeSet;
 use rustix::io::Errno;
 use uhmm::{Frame, Order, PAGE_SIZE, Page, PageRange};
 
 use super::bits::PageBits;
 use super::buddy::Buddy;
 use super::kernel::Kernel;
+use super::state::{numbers, range_of};
 use super::{fatal, lock};
 use crate::sys::region::{Region, RegionOptions};
 use crate::sys::userfaultfd::Modes;
@@ -39,7 +46,15 @@ pub(super) struct Pool {
     buddy: Mutex<Buddy>,
     /// How many pages could not be made empty, and are not given out any more.
     lost: AtomicU64,
+    /// Pages that nobody has, and that are to be emptied before they are given out.
+    unclean: Mutex<Unclean>,
     kind: Kind,
+}
+
+#[derive(Default)]
+struct Unclean {
+    pages: RangeSet<u64>,
+    count: u64,
 }
 
 enum Kind {
@@ -91,7 +106,8 @@ impl Pool {
             region.range().first().checked_add(Order::HUGE.pages()).expect("there are more");
         let given_out = PageRange::from_bounds(first, region.range().last()).expect("as above");
         let buddy = Mutex::new(Buddy::new(given_out));
-        Arc::new(Pool { region, buddy, lost: AtomicU64::new(0), kind })
+        let unclean = Mutex::default();
+        Arc::new(Pool { region, buddy, lost: AtomicU64::new(0), unclean, kind })
     }
 
     /// Returns where it is.
@@ -111,15 +127,22 @@ impl Pool {
 
     /// Returns how many pages are in use, and how many are lost.
     pub(super) fn used(&self) -> (u64, u64) {
-        let used = lock(&self.buddy).used();
+        // In this order, so that what waits is never counted as in use, or less than nothing.
+        let unclean = lock(&self.unclean).count;
+        let used = lock(&self.buddy).used().saturating_sub(unclean);
         // Relaxed: as in `lose`.
         let lost = self.lost.load(Ordering::Relaxed);
-        (used - lost, lost)
+        (used.saturating_sub(lost), lost)
     }
 
     /// Takes a block.
     pub(super) fn allocate(self: &Arc<Self>, order: Order) -> Option<PoolBlock> {
-        let first = lock(&self.buddy).allocate(order)?;
+        let mut first = lock(&self.buddy).allocate(order);
+        if first.is_none() {
+            self.clean();
+            first = lock(&self.buddy).allocate(order);
+        }
+        let first = first?;
         match self.prepare(first.block(order)) {
             Ok(()) => Some(self.own(first, order)),
             // Nobody is told here: the lock of the state may be held.
@@ -256,11 +279,56 @@ impl Pool {
         Ok(())
     }
 
+    /// Takes a block back that nobody has any more.
+    fn take_back(&self, block: PageRange) {
+        if let Kind::Staging { .. } = self.kind
+            && self.is_occupied(block)
+        {
+            let count = {
+                let mut unclean = lock(&self.unclean);
+                unclean.pages.insert(numbers(block));
+                unclean.count += block.pages();
+                unclean.count
+            };
+            if count >= Pool::UNCLEAN {
+                self.clean();
+            }
+            return;
+        }
+        let emptied = self.drop_contents(block);
+        self.free(block, emptied);
+    }
+
+    /// Empties what waits for it.
+    fn clean(&self) {
+        let Unclean { pages, .. } = std::mem::take(&mut *lock(&self.unclean));
+        for run in pages {
+            let run = range_of(run);
+            let emptied = self.drop_contents(run);
+            self.free(run, emptied);
+        }
+    }
+
+    /// Lets pages be given out again, if they could be emptied.
+    fn free(&self, range: PageRange, emptied: Result<(), Errno>) {
+        match emptied {
+            Ok(()) => {
+                let mut buddy = lock(&self.buddy);
+                aligned_blocks(range).for_each(|(first, order)| buddy.free(first, order));
+            }
+            // They are not given out again: nobody knows what a touch of them would do.
+            Err(_) => self.lose(range.pages()),
+        }
+    }
+
     /// Counts pages that are not given out any more.
     fn lose(&self, pages: u64) {
         // Relaxed: a number by itself.
         self.lost.fetch_add(pages, Ordering::Relaxed);
     }
+
+    /// How many pages of staging may wait to be emptied.
+    const UNCLEAN: u64 = 32;
 
     /// How many pages of a buffer may keep their memory for the next to use it.
     const WARM: u64 = 8;
@@ -347,11 +415,7 @@ impl PoolBlock {
 impl Drop for PoolBlock {
     fn drop(&mut self) {
         let Some(pool) = self.pool.take() else { return };
-        match pool.drop_contents(self.range()) {
-            Ok(()) => lock(&pool.buddy).free(self.first, self.order),
-            // The block is not given out again: nobody knows what a touch of it would do.
-            Err(_) => pool.lose(self.order.pages()),
-        }
+        pool.take_back(self.range());
     }
 }
 

@@ -198,6 +198,18 @@ impl Space {
             Registered::Watched => &state.own,
         };
         let gaps: Vec<_> = gaps.iter().flat_map(|gap| never.gaps(gap)).collect();
+        // What is reserved is registered by itself: it is never missing.
+        let gaps: Vec<_> = match how {
+            Registered::Missing => gaps,
+            Registered::Watched => {
+                let apart = |gap: &Range<u64>| -> Vec<_> {
+                    let cut = |part: &Range<u64>| part.start.max(gap.start)..part.end.min(gap.end);
+                    let reserved = state.reserved.overlapping(gap).map(cut);
+                    reserved.chain(state.reserved.gaps(gap)).collect()
+                };
+                gaps.iter().flat_map(apart).collect()
+            }
+        };
         // And where it is not known what servers use, nothing else is touched than what was named.
         let gaps: Vec<_> = match &state.managed {
             None => gaps,
@@ -230,6 +242,9 @@ impl Space {
     /// can leave is registered for missing pages. Where nothing is out, but a change is under way, the
     /// unread event may be such a move, and what it says of the registration must not be more than is
     /// true.
+    ///
+    /// What is reserved does not leave, and must not be registered for missing pages: who holds the
+    /// lock may touch a page of it for the first time.
     fn register_as(
         &self,
         state: &mut State,
@@ -238,12 +253,17 @@ impl Space {
     ) -> Result<Registered, Errno> {
         if how == Registered::Watched {
             let home = !state.is_anything_out() || mutant!("watching_ends_missing_faults");
-            if home || !self.may_leave(range) {
+            if home || !self.may_leave(state, range) {
                 self.kernel.register(range, Modes::WP)?;
+            }
+            if state.reserved.overlaps(&numbers(range)) && self.kernel.uffd().changing() {
+                // A mapping may have taken the place of what was reserved. Whoever moved it there has
+                // not returned.
+                self.drain(state);
             }
             let changing = state.is_anything_out() || self.kernel.uffd().changing();
             let changing = changing && !mutant!("watching_ends_missing_faults");
-            if !changing || !self.may_leave(range) {
+            if !changing || !self.may_leave(state, range) {
                 return Ok(Registered::Watched);
             }
             // To be watched and no more, once everything is home.
@@ -255,8 +275,12 @@ impl Space {
 
     /// Tells whether there is memory in `range`, as it is mapped now, of the kind whose pages can be out;
     /// if it cannot be told, there may be.
-    fn may_leave(&self, range: PageRange) -> bool {
-        self.private_parts(range).is_none_or(|parts| !parts.is_empty())
+    fn may_leave(&self, state: &State, range: PageRange) -> bool {
+        let not_reserved = |part: &PageRange| {
+            let all = mutant!("what_is_reserved_may_be_missing");
+            all || state.reserved.gaps(&numbers(*part)).next().is_some()
+        };
+        self.private_parts(range).is_none_or(|parts| parts.iter().any(not_reserved))
     }
 
     /// Returns the parts of `range` that are private memory without a file, as they are mapped now.
@@ -383,6 +407,10 @@ impl Space {
     /// Gives up the registration of chunks that have nothing out. Where one cannot be given up it
     /// stays: that costs time and no contents.
     pub(super) fn sweep(&self, state: &mut State) {
+        if state.holding {
+            return;
+        }
+        self.give_up_hold(state);
         // One that is not given up is put back.
         for chunk in std::mem::take(&mut state.emptied) {
             self.release_chunk(state, chunk);
@@ -393,9 +421,10 @@ impl Space {
     /// Gives up the registration of a chunk if it has nothing out, and says whether it did.
     pub(super) fn release_chunk(&self, state: &mut State, chunk: u64) -> bool {
         let range = chunk_range(chunk);
-        if state.is_anything_out() {
+        if state.is_anything_out() || state.holding {
             // What is out may be moved here by mremap(2) at any moment, and must not find the chunk
-            // unregistered. So nothing is given up before everything is home.
+            // unregistered. So nothing is given up before everything is home. Nor while growth is
+            // held.
             state.emptied.insert(chunk);
             return false;
         }

@@ -20,6 +20,9 @@ use crate::sys::{allocator, loader, objects, thread};
 /// The most pages that a mapping of the loader's own has: what it needs before there is a heap.
 const LOADER_PAGES: u64 = 256;
 
+/// How many pages of its stack a thread needs to reserve it.
+const ROOM_TO_RESERVE: u64 = 32;
+
 thread_local! {
     /// The space that this thread's stack is reserved in.
     static RESERVED_IN: Cell<Option<SpaceId>> = const { Cell::new(None) };
@@ -52,13 +55,28 @@ impl Space {
         if RESERVED_IN.get() == Some(self.id) {
             return;
         }
+        self.make_thread_locals();
         // The C library may allocate for this, and read a file: no lock is held.
         let stack = thread::stack_of_this_thread().ok();
+        stack.into_iter().for_each(|stack| self.prepare_stack(stack));
         let stack = stack.into_iter().chain([thread::tls_of_this_thread()]);
         for range in stack.chain(thread::tls_table_of_this_thread()) {
             self.reserve(range);
         }
         RESERVED_IN.set(Some(self.id));
+    }
+
+    /// Has there be what the calling thread needs of its stack until it is reserved: under the lock it
+    /// must not find a page of it away, or registered and missing.
+    fn prepare_stack(&self, stack: PageRange) {
+        let here = Page::containing(&raw const stack as u64);
+        let deepest = here.number().saturating_sub(ROOM_TO_RESERVE).max(stack.first().number());
+        let room = Page::new(deepest).and_then(|first| PageRange::from_bounds(first, here));
+        // Of the main thread's there may be less, as it has not grown so far. What is not mapped is not
+        // registered.
+        if let Some(room) = room {
+            let _ = self.kernel.populate(room, true);
+        }
     }
 
     /// Reserves what the dynamic loader keeps, unless nothing was loaded since the last time.

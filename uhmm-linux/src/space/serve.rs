@@ -1,8 +1,9 @@
 //! The servers: threads that bring pages to those who sleep for them.
 //!
 //! One of them is the leader. It alone waits for messages, and serves what nobody can delay: a page
-//! that is not out is filled with zeroes, a page in our own memory is put back. What takes a device
-//! or an announcement, which wait for others, it does after another server has become the leader.
+//! that is not out is filled with zeroes, a page in our own memory is put back, and so is one in
+//! memory that is prompt, if nobody else waits. What takes a device or an announcement, which wait
+//! for others, it does after another server has become the leader.
 //! So there is always a thread that fills a hole, and a device that is told to stop can finish an
 //! access that sleeps for one. If all others are at work, the leader leaves such faults in a
 //! backlog, for the first that is done.
@@ -291,6 +292,7 @@ impl Space {
                 if !state.superseded.is_empty() {
                     self.drain(state);
                 }
+                self.resume_deferred(state, false);
                 self.serve_quickly(state, &mut tasks);
                 if due.take_if(|due| *due <= Instant::now()).is_some() {
                     self.sweep(state);
@@ -298,13 +300,14 @@ impl Space {
                         tasks.push(Task::Unwatch);
                     }
                     state.faults.extend(state.retries.drain(..));
+                    self.resume_deferred(state, true);
                     self.serve_quickly(state, &mut tasks);
                 }
                 if !state.aftermath.is_empty() && !self.is_settling() {
                     tasks.push(Task::Settle);
                 }
                 let idle = self.is_registered_in_vain(state);
-                let unfinished = idle || !state.retries.is_empty();
+                let unfinished = idle || !state.retries.is_empty() || !state.deferred.is_empty();
                 due = due.filter(|_| unfinished);
                 if unfinished && due.is_none() {
                     due = Some(Instant::now() + PAUSE);
@@ -312,7 +315,8 @@ impl Space {
                 (found, faulting)
             };
             let wanted = tasks.len();
-            tasks.retain(|task| !self.perform_at_once(task));
+            // Others who wait for a copy are quicker served by several.
+            tasks.retain(|task| !self.perform_at_once(task, wanted == 1));
             let performed = tasks.len() < wanted;
             if let Some(thread) = faulting.filter(|_| slept) {
                 lock(&self.servers.placement).note(thread);
@@ -406,19 +410,38 @@ impl Space {
         }
         if self.staging.range().contains(page) {
             self.staging.fill(range);
-        } else if self.is_registered_missing(state, range)
-            && self.release_chunk(state, chunk_of(page))
-        {
+        } else if self.is_registered_missing(state, range) {
             // What `mremap` has grown is registered without our knowing, and would not be released.
             // The kernel fills it, and all others, by itself.
-            return;
-        }
-        match self.kernel.zeropage(range).result {
-            Ok(()) => {
-                count(&self.counters.zero_fills, 1);
-                // It was gone, if it had been there: what comes now is later.
-                state.doubtful.remove(super::state::numbers(range));
+            if self.release_chunk(state, chunk_of(page)) {
+                return;
             }
+            // Who waits for a page of what is reserved may be who makes room.
+            let growth = self.growth.get().filter(|_| !state.reserved.contains(&page.number()));
+            if let Some(growth) = growth {
+                self.grow(state, &**growth, fault);
+                return;
+            }
+        }
+        self.fill_hole(state, fault);
+    }
+
+    /// Fills a hole with zeroes.
+    pub(super) fn fill_hole(&self, state: &mut State, fault: Fault) {
+        let range = PageRange::from(fault.page);
+        let result = self.kernel.zeropage(range).result;
+        if result.is_ok() {
+            // It was gone, if it had been there: what comes now is later.
+            state.doubtful.remove(super::state::numbers(range));
+        }
+        self.judge_hole(state, fault, result);
+    }
+
+    /// Goes on with a fault on a hole after the attempt to fill it.
+    pub(super) fn judge_hole(&self, state: &mut State, fault: Fault, filled: Result<(), Errno>) {
+        let range = PageRange::from(fault.page);
+        match filled {
+            Ok(()) => count(&self.counters.zero_fills, 1),
             Err(Errno::AGAIN) => {
                 self.drain(state);
                 state.faults.push_back(fault);
@@ -491,11 +514,12 @@ impl Space {
         self.servers.ring();
     }
 
-    /// Does a task if that takes nobody else.
-    fn perform_at_once(&self, task: &Task) -> bool {
-        let Task::Home { pagemap, page, order, fault, in_place: true } = task else { return false };
-        // Nobody to tell, nobody to ask who may take a while, and nothing to copy.
-        if self.notifiers.live() > 0 || !pagemap.policies().are_prompt() {
+    /// Does a task if that takes nobody else. `alone` says that there is no other.
+    fn perform_at_once(&self, task: &Task, alone: bool) -> bool {
+        let Task::Home { pagemap, page, order, fault, in_place } = task else { return false };
+        // Nothing to copy or soon copied, nobody to tell, and nobody to ask who may take a while.
+        let soon = *in_place || (alone && pagemap.memory().is_prompt());
+        if !soon || self.notifiers.live() > 0 || !pagemap.policies().are_prompt() {
             return false;
         }
         self.bring(pagemap, *page, *order, *fault);
@@ -524,7 +548,8 @@ impl Space {
 
     /// Tells whether something may be registered that need not be, and can be given up now.
     pub(super) fn is_registered_in_vain(&self, state: &State) -> bool {
-        let any = !state.emptied.is_empty() || self.has_watches_to_review();
+        let chunks = !state.emptied.is_empty() && !state.holding;
+        let any = chunks || state.hold_ended || self.has_watches_to_review();
         any && !state.is_anything_out()
     }
 

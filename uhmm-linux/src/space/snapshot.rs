@@ -183,7 +183,7 @@ fn overlay(state: &State, range: PageRange, entries: &mut [PageEntry]) {
     }
 }
 
-fn residency(place: &Place, offset: u64, order: Order) -> (Residency, Order) {
+pub(super) fn residency(place: &Place, offset: u64, order: Order) -> (Residency, Order) {
     match place {
         Place::Transit { .. } | Place::Parked(_) => (Residency::InTransit, Order::PAGE),
         Place::Device(block) => {

@@ -75,8 +75,12 @@ pub(super) struct Fault {
     pub(super) page: Page,
     /// Whose it is, as the kernel numbers threads.
     pub(super) thread: u32,
+    /// Whether it is a store.
+    pub(super) write: bool,
     /// Since when it could not be served.
     pub(super) failing_since: Option<Instant>,
+    /// Since when it waits for room.
+    pub(super) held_since: Option<Instant>,
 }
 
 /// What is left to do about events once the lock is free.
@@ -189,6 +193,12 @@ pub(super) struct State {
     pub(super) faults: VecDeque<Fault>,
     /// Those that are to be tried again a little later.
     pub(super) retries: Vec<Fault>,
+    /// Those that wait for room.
+    pub(super) deferred: Vec<Fault>,
+    /// Whether growth is held, so that all memory that may move is to be registered.
+    pub(super) holding: bool,
+    /// Whether it was, and what is registered for it has not been given up.
+    pub(super) hold_ended: bool,
     pub(super) aftermath: Aftermath,
     /// How many threads are telling devices of changes that have been made.
     pub(super) settling: u32,
@@ -260,6 +270,9 @@ impl State {
             populating: BTreeMap::new(),
             faults: VecDeque::new(),
             retries: Vec::new(),
+            deferred: Vec::new(),
+            holding: false,
+            hold_ended: false,
             aftermath: Aftermath::default(),
             settling: 0,
             children: Vec::new(),
@@ -520,9 +533,10 @@ impl State {
     /// the range find them gone.
     pub(super) fn apply(&mut self, message: Message) -> Option<PageRange> {
         match message {
-            Message::Fault { address, thread, .. } => {
+            Message::Fault { address, thread, write, .. } => {
                 let page = Page::containing(address);
-                self.faults.push_back(Fault { page, thread, failing_since: None });
+                let fault = Fault { page, thread, write, failing_since: None, held_since: None };
+                self.faults.push_back(fault);
                 None
             }
             // Children are adopted before they come here.
@@ -643,6 +657,9 @@ impl State {
             }
         }
         self.poisoned.remove(numbers(from));
+        // What was reserved there is gone: the stack of a thread that has ended.
+        let reserved: Vec<_> = self.own.gaps(&numbers(target)).collect();
+        reserved.into_iter().for_each(|part| self.reserved.remove(part));
         // Whoever unmapped what was there before may not have said so yet. What it says then is not
         // about what comes now.
         let stale = self.lose(EventKind::Unmap, target);

@@ -527,11 +527,13 @@ impl Space {
             return isolation;
         }
         self.reserve_this_thread();
-        // The leader takes what no device has to give: a policy may want more than it has looked at.
-        let in_place_only = serve::is_leading();
+        // The leader takes what it need not wait for: a policy may want more than it has looked at.
+        let leading = serve::is_leading();
         let wanted = |place: &Place| match place {
             Place::Device(block) => {
-                let given = !in_place_only || block.in_place(&*self.memory).is_some();
+                let given = !leading
+                    || block.pagemap().memory().is_prompt()
+                    || block.in_place(&*self.memory).is_some();
                 given && (block.location().owner == owner) != others
             }
             _ => false,

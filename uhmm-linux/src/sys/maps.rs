@@ -151,6 +151,30 @@ impl Maps {
         Ok(all)
     }
 
+    /// Returns the name of the mapping that holds `page`: that of its file, or the kernel's word for it.
+    /// Empty if it has none, if it is longer than 255 bytes, or if nothing is mapped.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Maps::at_or_after`].
+    pub(crate) fn name(&self, page: Page) -> Result<Vec<u8>, Errno> {
+        if self.source == Source::Text {
+            let text = self.read()?;
+            let lines = text.split(|&byte| byte == b'\n').filter_map(parse_mapping);
+            let mut names = lines.filter(|(vma, _)| vma.range.contains(page)).map(|(_, name)| name);
+            return Ok(names.next().map(<[u8]>::to_vec).unwrap_or_default());
+        }
+        let mut name = [0; 256];
+        match self.query_with(page, &mut name) {
+            Ok(vma) if vma.range.contains(page) => {
+                let length = name.iter().position(|&byte| byte == 0).unwrap_or(0);
+                Ok(name[..length].to_vec())
+            }
+            Ok(_) | Err(Errno::NAMETOOLONG | Errno::NOENT) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Tells whether the kernel is asked for one mapping at a time, and no text is parsed.
     pub(crate) fn is_quick(&self) -> bool {
         self.source == Source::Query

@@ -47,6 +47,9 @@ pub(crate) fn shares(tid: u32, what: Common) -> bool {
 ///
 /// `EBADF` if it is none; `ESRCH`, `EMFILE`, `ENFILE`, `EPERM`.
 pub(crate) fn fetch(tid: u32, fd: RawFd) -> Result<OwnedFd, Errno> {
+    if fd < 0 {
+        return Err(Errno::BADF);
+    }
     let thread = Pidfd::open_thread(tid)?;
     rustix::process::pidfd_getfd(thread, fd, PidfdGetfdFlags::empty())
 }

@@ -236,6 +236,12 @@ fn a_thread_with_descriptors_of_its_own_means_its_own() {
                 .expect("it can be mapped");
             // SAFETY: it was mapped just now.
             let word = unsafe { (range.address() as *const u64).read_volatile() };
+            // No number is somebody's.
+            let none = u64::MAX;
+            let fixed = (libc::MAP_PRIVATE | libc::MAP_FIXED) as u64;
+            let mapped = call(libc::SYS_mmap, [range.address(), 4096, 1, fixed, none, 0]);
+            assert_eq!(mapped, Err(Errno::BADF));
+            assert_eq!(call(libc::SYS_ftruncate, [none, 0, 0, 0, 0, 0]), Err(Errno::BADF));
             tell.send(word).expect("somebody waits");
         });
         assert_eq!(told.recv(), Ok(0x0202_0202_0202_0202));

@@ -67,7 +67,7 @@ fn assert_outlives(end: impl Fn()) {
         board.set(0, getpid().as_raw_nonzero().get() as u64);
         // The parent ends in the middle of this.
         let mut rounds = 0;
-        while board.get(1) == 0 || rounds < 20 {
+        while board.get(1) == 0 || rounds < 4 {
             if !calls_work() {
                 board.set(2, 2);
                 exit_now(1);

@@ -61,6 +61,8 @@ pub trait Policy: Send + Sync + fmt::Debug + 'static {
     /// Tells whether [`cpu_fault`](Policy::cpu_fault) and [`moved`](Policy::moved) wait for nobody, are
     /// done in a few microseconds, and never want a nap. A backend then asks on the thread that all
     /// CPU faults wait for, which is quicker than to let another thread ask.
+    ///
+    /// The answer may change. It holds for the next fault that the calling thread asks about.
     fn is_prompt(&self) -> bool {
         false
     }
