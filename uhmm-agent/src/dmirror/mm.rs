@@ -6,8 +6,8 @@
 //!   ([`Process::host_memory`]). A touch brings it home.
 //! * On a coherent unit, *in place*: it stays where it is, and [`Residents`] notes whose it is.
 //! * On a private unit, in place: what the kernel does not let move, and the kernel's own device would
-//!   have moved (memory that may only be read, copies of pages of private files, locked memory).
-//!   A touch of such a page is not noticed.
+//!   have moved (copies of pages of private files, locked memory, and what may only be read where
+//!   changes are not announced). A touch of such a page is not noticed.
 //!
 //! # Locks
 //!
@@ -68,14 +68,19 @@ pub(super) struct Place {
 }
 
 impl Mm {
-    /// Attaches this process. To be called once in each process, at its first open.
+    /// Attaches this process, with its changes [announced](Options::announced) where that may be: not
+    /// where this user may have no filter, nor in a child of a process that announces. To be called
+    /// once in each process, at its first open.
     ///
     /// # Errors
     ///
     /// `EBUSY`: something else has attached it. `ENOSYS`: there is no userfaultfd, or no `/proc`.
     /// `ENOMEM`: there is no room.
     pub fn attach(units: Arc<dyn Units>) -> Result<Arc<Mm>, Errno> {
-        Mm::attach_with(units, Options::new())
+        match Mm::attach_with(Arc::clone(&units), Options::new().announced(true)) {
+            Err(Errno::PERM) => Mm::attach_with(units, Options::new()),
+            attached => attached,
+        }
     }
 
     /// Attaches this process with these options. The
@@ -143,6 +148,14 @@ impl Mm {
             for unit in Unit::ALL.into_iter().filter(|unit| unit.is_coherent()) {
                 self.forget_in_place(unit, range);
             }
+        }
+    }
+
+    /// Has the calling thread make what it needs here that is memory of the program's heap. From then on
+    /// what it does here takes none, whatever the program does to its heap.
+    pub fn prepare_this_thread(&self) {
+        if self.is_here() {
+            self.process().reserve_this_thread();
         }
     }
 

@@ -1,5 +1,3 @@
-// NOTE from the lead (remove): migration of read-only pages is built (uhmm-linux/src/space/read_only.rs), for spaces attached
-// with `Options::announced(true)`: TO_DEV of PROT_READ memory moves. Nothing to do but use it.
 //! The mirror device of the kernel's HMM tests, for the process that opens it.
 //!
 //! [`Mm`] is this process: attached once, with one device for each [`Unit`]. [`OpenFile`] is one open

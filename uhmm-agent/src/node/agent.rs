@@ -70,16 +70,28 @@ impl Agent {
         AGENT.get_or_make(|| {
             let (units, tasks, done) = begin()?;
             let slot = units.slot();
+            let mm = Mm::attach(Arc::new(units))?;
+            let (prepared, is_prepared) = mpsc::channel();
+            let worker = Arc::clone(&mm);
+            // It waits until the agent that is made here can be found. And nothing goes on before it has
+            // what it needs of the program's heap, which may be in no state to give that later: the
+            // kernel's tests themselves overrun theirs.
+            let work = move || {
+                worker.prepare_this_thread();
+                drop(worker);
+                // Whoever started it waits.
+                let _ = prepared.send(());
+                obey(&tasks, &done);
+            };
+            process::start_thread("uhmm-dmirror", work).map_err(|_| Errno::AGAIN)?;
+            is_prepared.recv().map_err(|_| Errno::AGAIN)?;
             let agent = Agent {
-                mm: Mm::attach(Arc::new(units))?,
+                mm,
                 slot,
                 files: Mutex::default(),
                 buffers: Mutex::default(),
                 running: AtomicUsize::new(0),
             };
-            // It waits until the agent that is made here can be found.
-            process::start_thread("uhmm-dmirror", move || obey(&tasks, &done))
-                .map_err(|_| Errno::AGAIN)?;
             Ok(agent)
         })
     }
