@@ -30,7 +30,7 @@ fn work(seed: u64) -> u64 {
     for key in 0..ENTRIES {
         table.insert(key, format!("{:>1$}", next(&mut x), 60 + (key % 80) as usize));
     }
-    for _ in 0..ENTRIES / 4 {
+    for _ in 0..ENTRIES / 16 {
         let key = next(&mut x) % ENTRIES;
         let with = next(&mut x).to_string().repeat(8);
         table.insert(key, with);

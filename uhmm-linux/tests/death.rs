@@ -38,6 +38,13 @@ fn ends(pid: u32) -> End {
     end_of(pid)
 }
 
+/// Has a signal end this process, also if the tests were started to ignore it, as jobs in the
+/// background are.
+fn heed(signal: Signal) {
+    // SAFETY: the action needs no handler. SIGKILL has no other, and refuses.
+    unsafe { libc::signal(signal.as_raw(), libc::SIG_DFL) };
+}
+
 #[test]
 fn signals_end_a_process_whose_pages_move() {
     in_own_process(|| {
@@ -45,7 +52,10 @@ fn signals_end_a_process_whose_pages_move() {
         for round in 0..12_u64 {
             for signal in [Signal::KILL, Signal::TERM, Signal::ABORT, Signal::QUIT] {
                 let before = board.get(0);
-                let pid = child(How::Hooked, || busy(&board));
+                let pid = child(How::Hooked, || {
+                    heed(signal);
+                    busy(&board)
+                });
                 assert!(eventually(|| board.get(0) > before + round), "it is at work");
                 send(pid, signal);
                 assert_eq!(ends(pid), End::Signal(signal.as_raw()), "{signal:?}");
