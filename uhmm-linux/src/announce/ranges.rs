@@ -89,6 +89,10 @@ impl Change {
                 Change::of(EventKind::Unmap, call, first, now.saturating_sub(first))
             }
             Call::Shmat => {
+                // The segment is one that this thread may attach, by a number that is its own.
+                if !proxy::is_alike(call.thread) {
+                    return Err(Errno::ACCESS);
+                }
                 let bytes = proxy::segment_bytes(a as i32)?;
                 Change::of(EventKind::Unmap, call, b & !(PAGE_SIZE as u64 - 1), bytes)
             }
@@ -137,7 +141,7 @@ fn vector(call: &Notification, at: u64, pieces: u64) -> Result<Change, Errno> {
     Ok(change)
 }
 
-/// truncate(2): with a copy of the path, where the thread has the same directories.
+/// truncate(2): with a copy of the path, where the thread has the same directories and the same rights.
 fn path(call: &Notification) -> Result<Change, Errno> {
     let path = proxy::read_path(call.arguments[0])?;
     let inode = proxy::inode_at(&path);
@@ -145,7 +149,7 @@ fn path(call: &Notification) -> Result<Change, Errno> {
     if let Ok(inode) = inode {
         change.ranges = of_file(inode, call.arguments[1], u64::MAX)?;
     }
-    if !proxy::shares(call.thread, Common::FileSystem) {
+    if !proxy::shares(call.thread, Common::FileSystem) || !proxy::is_alike(call.thread) {
         change.by_thread = true;
         return Ok(change);
     }

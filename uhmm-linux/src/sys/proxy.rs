@@ -3,6 +3,7 @@
 use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 
 use rustix::fs::CWD;
 use rustix::io::Errno;
@@ -38,6 +39,24 @@ pub(crate) fn shares(tid: u32, what: Common) -> bool {
     let this = super::thread::gettid();
     // SAFETY: takes numbers.
     unsafe { libc::syscall(libc::SYS_kcmp, this, tid, what as i32, 0, 0) == 0 }
+}
+
+/// Tells whether thread `tid` of this process may do what the calling thread may, and means the same by
+/// names: neither has credentials or namespaces for itself alone (proc_pid_status(5), namespaces(7)).
+/// `false` also where `/proc` does not say.
+pub(crate) fn is_alike(tid: u32) -> bool {
+    let identity = |task: &str| -> Option<(Vec<String>, Vec<PathBuf>)> {
+        let status = std::fs::read_to_string(format!("{task}/status")).ok()?;
+        let said = |line: &&str| {
+            ["Uid:", "Gid:", "Groups:", "CapEff:"].iter().any(|name| line.starts_with(name))
+        };
+        let lines = status.lines().filter(said).map(str::to_owned).collect();
+        let namespaces =
+            ["ipc", "mnt", "user"].map(|name| std::fs::read_link(format!("{task}/ns/{name}")));
+        Some((lines, namespaces.into_iter().collect::<Result<_, _>>().ok()?))
+    };
+    let theirs = identity(&format!("/proc/self/task/{tid}"));
+    theirs.is_some() && theirs == identity("/proc/thread-self")
 }
 
 /// Gets a descriptor of thread `tid`, as one of the calling thread's (pidfd_getfd(2), Linux 5.6; of

@@ -248,3 +248,42 @@ fn a_thread_with_descriptors_of_its_own_means_its_own() {
         drop(ours);
     });
 }
+
+/// Who has given up its rights has not got ours.
+#[test]
+fn a_thread_with_credentials_of_its_own_may_do_what_it_may() {
+    in_own_process(|| {
+        if !rustix::process::geteuid().is_root() {
+            return common::loudly("only root can give up rights: nothing was tested");
+        }
+        let _process = attach();
+        let file = memory::disk_file(2);
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let path = CString::new(path).expect("no zeroes");
+        let to = |bytes: u64| call(libc::SYS_truncate, [path.as_ptr() as u64, bytes, 0, 0, 0, 0]);
+        assert_eq!(to(4096), Ok(0));
+        let at = Mapping::anonymous(1);
+        // SAFETY: makes a segment.
+        let id = unsafe { libc::shmget(libc::IPC_PRIVATE, 4096, 0o600) };
+        let attach = || {
+            call(
+                libc::SYS_shmat,
+                [id as u64, at.range().address(), libc::SHM_REMAP as u64, 0, 0, 0],
+            )
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // The system call is of this thread alone, unlike the C library's function.
+                let same = u64::MAX;
+                let given_up = call(libc::SYS_setresuid, [same, 65534, same, 0, 0, 0]);
+                assert_eq!(given_up, Ok(0));
+                assert_eq!(to(0), Err(Errno::ACCESS));
+                assert_eq!(attach(), Err(Errno::ACCESS));
+            });
+        });
+        assert_eq!(rustix::fs::fstat(&file).expect("it is open").st_size, 4096);
+        assert_eq!(attach(), Ok(at.range().address()));
+        // SAFETY: the segment is this test's.
+        unsafe { libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()) };
+    });
+}
