@@ -1,5 +1,6 @@
 //! Who has the filter and not the listener: children, and what comes after this program.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -159,25 +160,39 @@ fn a_program_may_close_every_descriptor() {
     });
 }
 
+/// Returns the number of the file that a process of uhmm's shares with its keeper, if it has one.
+fn board_of(process: &str) -> Option<u64> {
+    let maps = std::fs::read_to_string(format!("/proc/{process}/maps")).ok()?;
+    let mut lines = maps.lines().filter_map(memory::Line::parse);
+    lines.find(|line| line.name.contains("uhmm-board")).map(|line| line.inode)
+}
+
+/// Returns the keeper that has this file open. Others have keepers too.
+fn keeper_with(board: u64) -> Option<u32> {
+    let processes = std::fs::read_dir("/proc").expect("proc is mounted");
+    let names = processes.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut pids = names.filter_map(|name| name.parse::<u32>().ok());
+    pids.find(|pid| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten();
+        let mut inodes = files.filter_map(|file| std::fs::metadata(file.ok()?.path()).ok());
+        line.starts_with(b"uhmm-keeper") && inodes.any(|file| file.ino() == board)
+    })
+}
+
 #[test]
 fn nothing_is_left_when_all_have_ended() {
     in_own_process(|| {
-        let keepers = || {
-            let processes = std::fs::read_dir("/proc").expect("proc is mounted");
-            let is_keeper = |entry: std::io::Result<std::fs::DirEntry>| {
-                let path = entry.expect("proc is mounted").path().join("cmdline");
-                std::fs::read(path).is_ok_and(|line| line.starts_with(b"uhmm-keeper"))
-            };
-            processes.filter_map(|entry| is_keeper(entry).then_some(())).count()
-        };
-        let before = keepers();
+        let found = Board::new();
         let pid = child(How::Hooked, || {
             let _process = attach();
-            assert!(eventually(|| keepers() > before));
-            true
+            let board = board_of("self").expect("it has one");
+            found.set(0, board);
+            eventually(|| keeper_with(board).is_some())
         });
-        assert_eq!(end_of(pid), End::Well);
-        assert!(eventually(|| keepers() <= before), "a keeper is left");
+        assert_eq!(end_of(pid), End::Well, "it has a keeper");
+        let board = found.get(0);
+        assert!(eventually(|| keeper_with(board).is_none()), "a keeper is left");
     });
 }
 
