@@ -209,7 +209,10 @@ impl Space {
         let expected = OfOurMaking::Remap { from: gap, to };
         let blocks = {
             let mut state = self.lock();
-            if state.gaps(gap)[..] != [gap] || state.forking > 0 || state.over {
+            // A chunk of which nothing is out may have been given up since it was registered. From the next
+            // line on something is.
+            let registered = self.is_registered_missing(&state, gap);
+            if !registered || state.gaps(gap)[..] != [gap] || state.forking > 0 || state.over {
                 isolation.stay(gap, StayReason::Busy);
                 return None;
             }
